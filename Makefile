@@ -1,0 +1,40 @@
+# Everything goes through one virtual environment, .venv, made from pyproject.toml and constraints.txt.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: install demo test test-all check format bench
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "temper needs Python 3.11 or 3.12: install one, or name it with make PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	# torch first: what comes after it then needs no other build of it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## train the digits job, from the command to the result
+	$(BIN)/temper train jobs/digits.yaml
+
+test: install  ## the tests; under 12 minutes on 2 cores
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: install  ## the tests and the long proofs
+	$(BIN)/python -m pytest -q
+
+check: install  ## lint, types, and who may import whom
+	$(BIN)/ruff check platform tests benchmarks
+	$(BIN)/ruff format --check platform tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix platform tests benchmarks
+	$(BIN)/ruff format platform tests benchmarks
+
+bench: install  ## temper beside hand-written loops, as ratios
+	$(BIN)/python benchmarks/step_loop.py
