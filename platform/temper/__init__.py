@@ -1,0 +1,3 @@
+"""temper: trains networks well and cheaply on a Ray cluster."""
+
+__version__ = "0.1.0"

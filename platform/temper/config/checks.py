@@ -1,0 +1,188 @@
+"""Rules across a job's sections that need nothing but the job; each names the nearest setting that is legal.
+
+What needs the data or the machine as well is checked in plan/.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from temper.config.schema import JobConfig, PrecisionConfig, ScheduleConfig
+from temper.errors import Problem
+
+_CLASS_METRICS = ("accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error")
+_VALUE_METRICS = ("mse", "mae")
+_MAX_SCALE_POWER = 32
+_RESIZING = ("resize", "center_crop", "random_crop", "random_resized_crop")
+
+
+def check_job(job: JobConfig) -> list[Problem]:
+    """Every rule across sections that the job breaks, in the order of the sections."""
+    return [problem for rule in _RULES for problem in rule(job)]
+
+
+def _check_augment_order(job: JobConfig) -> list[Problem]:
+    """Erasing before a crop or resize leaves holes of another size than asked for; the rest may come in any order."""
+    problems = []
+    erasing = False
+    for index, transform in enumerate(job.data.augment):
+        if erasing and transform.kind in _RESIZING:
+            rule = "comes after random_erasing, which must work on the final image"
+            problems.append(Problem(f"data.augment.{index}", transform.kind, rule, "move random_erasing to the end"))
+        erasing = erasing or transform.kind == "random_erasing"
+    return problems
+
+
+def _check_global_batch(job: JobConfig) -> list[Problem]:
+    batch, workers = job.data.global_batch, job.parallel.workers
+    if batch % workers == 0:
+        return []
+    below, above = batch // workers * workers, -(-batch // workers) * workers
+    nearest = f"{below} or {above}" if below else str(above)
+    rule = f"cannot be split evenly over parallel.workers: {workers}"
+    fit = max(size for size in range(1, min(workers, batch) + 1) if batch % size == 0)
+    return [Problem("data.global_batch", batch, rule, f"use {nearest}, or workers: {fit}")]
+
+
+def _check_loss(job: JobConfig) -> list[Problem]:
+    """Which metrics say something about a model that is trained with this loss."""
+    wrong = {"cross_entropy": _VALUE_METRICS, "mse": _CLASS_METRICS, "python": ()}[job.loss.kind]
+    right = {"cross_entropy": _CLASS_METRICS, "mse": _VALUE_METRICS, "python": ()}[job.loss.kind]
+    return [
+        Problem(
+            f"evaluation.metrics.{index}",
+            metric,
+            f"does not fit loss.kind: {job.loss.kind}",
+            f"use some of {', '.join(right)}",
+        )
+        for index, metric in enumerate(job.evaluation.metrics)
+        if metric in wrong
+    ]
+
+
+def _check_metrics(job: JobConfig) -> list[Problem]:
+    problems = [
+        Problem(f"evaluation.metrics.{index}", metric, "is listed twice", "keep one of them")
+        for index, metric in enumerate(job.evaluation.metrics)
+        if metric in job.evaluation.metrics[:index]
+    ]
+    num_classes = getattr(job.data, "num_classes", None) or getattr(job.model, "num_classes", None)
+    if num_classes is not None and num_classes < 5 and "top5_accuracy" in job.evaluation.metrics:
+        index = job.evaluation.metrics.index("top5_accuracy")
+        rule = f"is always 1 with {num_classes} classes; it needs at least 5"
+        problems.append(Problem(f"evaluation.metrics.{index}", "top5_accuracy", rule, "leave it out"))
+    return problems
+
+
+def _check_optimizer(job: JobConfig) -> list[Problem]:
+    if job.optimizer.kind == "sgd" and job.optimizer.nesterov and job.optimizer.momentum == 0:
+        rule = "needs momentum, and optimizer.momentum is 0"
+        return [Problem("optimizer.nesterov", True, rule, "set momentum: 0.9 or nesterov: false")]
+    return []
+
+
+def _check_schedule(job: JobConfig) -> list[Problem]:
+    schedule, key = job.optimizer.schedule, "optimizer.schedule"
+    problems = []
+    if schedule.kind == "step" and not schedule.milestones:
+        problems.append(Problem(f"{key}.milestones", [], "needs an entry for kind: step", "use e.g. [0.5, 0.75]"))
+    if schedule.milestones != sorted(set(schedule.milestones)):
+        ordered = sorted(set(schedule.milestones))
+        problems.append(Problem(f"{key}.milestones", schedule.milestones, "must rise", f"use {ordered}"))
+    problems += _without_effect(schedule)
+    steps = job.budget.steps
+    if steps is not None and schedule.warmup_steps >= steps:
+        rule = f"never ends: budget.steps is {steps}"
+        problems.append(Problem(f"{key}.warmup_steps", schedule.warmup_steps, rule, f"use at most {steps - 1}"))
+    return problems
+
+
+def _without_effect(schedule: ScheduleConfig) -> list[Problem]:
+    """Keys that the schedule's kind does not read; a value there is a mistake that nobody would notice."""
+    readers = {"milestones": ("step",), "gamma": ("step",), "final_factor": ("cosine", "linear")}
+    return [
+        Problem(
+            f"optimizer.schedule.{name}",
+            getattr(schedule, name),
+            f"has no effect with kind: {schedule.kind}",
+            f"leave it out or use kind: {' or '.join(kinds)}",
+        )
+        for name, kinds in readers.items()
+        if schedule.kind not in kinds and getattr(schedule, name) != getattr(ScheduleConfig(), name)
+    ]
+
+
+def _check_precision(job: JobConfig) -> list[Problem]:
+    precision, default = job.precision, PrecisionConfig()
+    dynamic_keys = ("initial_scale", "scale_window", "hysteresis", "min_scale")
+    changed = [name for name in ("loss_scale", *dynamic_keys) if getattr(precision, name) != getattr(default, name)]
+    if precision.dtype != "fp16":
+        rule = f"acts on fp16 only, and precision.dtype is {precision.dtype}"
+        return [
+            Problem(f"precision.{name}", getattr(precision, name), rule, "leave it out or use dtype: fp16")
+            for name in changed
+        ]
+    if precision.loss_scale != "dynamic":
+        rule = f"acts on a dynamic scale only, and precision.loss_scale is {precision.loss_scale:g}"
+        remedy = "leave it out or use loss_scale: dynamic"
+        return [
+            Problem(f"precision.{name}", getattr(precision, name), rule, remedy)
+            for name in changed
+            if name in dynamic_keys
+        ]
+    return _check_dynamic_scale(precision)
+
+
+def _check_dynamic_scale(precision: PrecisionConfig) -> list[Problem]:
+    problems = []
+    initial, minimum = precision.initial_scale, precision.min_scale
+    if not (1 <= initial <= 2**_MAX_SCALE_POWER and math.log2(initial).is_integer()):
+        power = 2 ** min(max(round(math.log2(initial)), 0), _MAX_SCALE_POWER)
+        rule = f"must be a power of two from 1 to 2**{_MAX_SCALE_POWER}"
+        problems.append(Problem("precision.initial_scale", initial, rule, f"use {power}"))
+    if minimum < 1 or not minimum.is_integer():
+        nearest = max(round(minimum), 1)
+        problems.append(Problem("precision.min_scale", minimum, "must be a whole number, at least 1", f"use {nearest}"))
+    if minimum > initial:
+        rule = f"is above precision.initial_scale: {initial:g}"
+        problems.append(Problem("precision.min_scale", minimum, rule, f"use at most {initial:g}"))
+    return problems
+
+
+def _check_parallel(job: JobConfig) -> list[Problem]:
+    parallel = job.parallel
+    problems = []
+    if parallel.pipeline > 1 and parallel.zero > 1:
+        rule = f"shards more than the optimizer's state, which parallel.pipeline: {parallel.pipeline} cannot have"
+        problems.append(Problem("parallel.zero", parallel.zero, rule, "use zero: 1"))
+    if parallel.pipeline > 1:
+        rule = f"is too many: no shipped engine cuts a model of kind {job.model.kind} into stages"
+        problems.append(Problem("parallel.pipeline", parallel.pipeline, rule, "use 1"))
+    if parallel.offload != "none" and parallel.zero == 0:
+        rule = "needs ZeRO, which owns the state that moves to the host; parallel.zero is 0"
+        problems.append(Problem("parallel.offload", parallel.offload, rule, "use zero: 1 or offload: none"))
+    return problems
+
+
+def _check_budget(job: JobConfig) -> list[Problem]:
+    budget = job.budget
+    if budget.steps is None and budget.epochs is None:
+        return [Problem("budget", None, "names neither steps nor epochs", "give one of them, e.g. steps: 1000")]
+    if budget.steps is not None and budget.epochs is not None:
+        rule = f"is given beside budget.steps: {budget.steps}, and only one of them can hold"
+        return [Problem("budget.epochs", budget.epochs, rule, "leave one of them out")]
+    return []
+
+
+_RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
+    _check_augment_order,
+    _check_global_batch,
+    _check_loss,
+    _check_metrics,
+    _check_optimizer,
+    _check_schedule,
+    _check_precision,
+    _check_parallel,
+    _check_budget,
+)

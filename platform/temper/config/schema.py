@@ -1,0 +1,448 @@
+"""The job file's schema: every key that a user can write, its type, range, default and meaning.
+
+A job holds values, never code: the one way to name code is `kind: python, target: module:function`.
+`json_schema()` gives editors completion and checking; a test keeps `jobs/job.schema.json` equal to it, and
+`python -m temper.config.schema > jobs/job.schema.json` refreshes it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+Target = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        description="`module:function`, importable from the folder of the job or the working directory",
+    ),
+]
+Positive = Annotated[int, Field(gt=0, le=2**40)]
+NonNegative = Annotated[int, Field(ge=0, le=2**40)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Pixels = Annotated[int, Field(gt=0, le=4096)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class TorchvisionModel(Section):
+    """A torchvision classifier by the name of its builder, e.g. `resnet18`; trained from scratch."""
+
+    kind: Literal["torchvision"]
+    name: Name
+    num_classes: Positive | None = Field(None, description="default: the data set's number of classes")
+    args: dict[str, Any] = Field(default_factory=dict, description="further keyword arguments of the builder")
+
+
+class ResNetModel(Section):
+    """CIFAR-style ResNet (He et al. 2016, section 4.2): three stages of 16, 32, 64 maps times `width`."""
+
+    kind: Literal["resnet"]
+    depth: Literal[8, 14, 20, 32, 44, 56, 110] = 20
+    width: Annotated[float, Field(gt=0, le=16)] = 1.0
+    num_classes: Positive | None = Field(None, description="default: the data set's number of classes")
+
+
+class MLPModel(Section):
+    """Fully connected network on the flattened input, ReLU between layers."""
+
+    kind: Literal["mlp"]
+    hidden: list[Positive] = Field(default_factory=lambda: [256, 256], max_length=64)
+    dropout: Fraction = 0.0
+    num_classes: Positive | None = Field(None, description="default: the data set's number of classes")
+
+
+class CNNModel(Section):
+    """Small convolutional network: 3×3 convolution, ReLU and 2×2 max-pooling for each entry of `channels`."""
+
+    kind: Literal["cnn"]
+    channels: list[Positive] = Field(default_factory=lambda: [16, 32], min_length=1, max_length=16)
+    hidden: Positive = 128
+    dropout: Fraction = 0.0
+    num_classes: Positive | None = Field(None, description="default: the data set's number of classes")
+
+
+class TransformersModel(Section):
+    """Any `transformers` architecture from its configuration, with random weights (needs the extra `transformers`)."""
+
+    kind: Literal["transformers"]
+    auto_class: Literal[
+        "AutoModelForImageClassification",
+        "AutoModelForSequenceClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+    ]
+    model_type: Name = Field(description="the architecture's `model_type`, e.g. `vit`, `bert`, `gpt2`")
+    args: dict[str, Any] = Field(default_factory=dict, description="fields of the architecture's config")
+
+
+class PythonModel(Section):
+    """A model of one's own: `target(**args)` returns a `torch.nn.Module`."""
+
+    kind: Literal["python"]
+    target: Target
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+ModelConfig = Annotated[
+    TorchvisionModel | ResNetModel | MLPModel | CNNModel | TransformersModel | PythonModel,
+    Field(discriminator="kind"),
+]
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class RandomCrop(Section):
+    """Pad by `padding` on each side and cut a random window of `size` (default: the image's own size)."""
+
+    kind: Literal["random_crop"]
+    padding: NonNegative = 0
+    size: Pixels | None = None
+
+
+class RandomHorizontalFlip(Section):
+    kind: Literal["random_horizontal_flip"]
+    p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+
+
+class RandomRotation(Section):
+    kind: Literal["random_rotation"]
+    degrees: Annotated[float, Field(gt=0.0, le=180.0)]
+
+
+class RandomAffine(Section):
+    kind: Literal["random_affine"]
+    degrees: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    translate: Fraction = Field(0.0, description="largest shift, as a share of the image's side")
+    scale: Fraction = Field(0.0, description="largest relative change of size, up or down")
+
+
+class RandomResizedCrop(Section):
+    kind: Literal["random_resized_crop"]
+    size: Pixels
+    min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.08
+
+
+class RandomErasing(Section):
+    kind: Literal["random_erasing"]
+    p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+
+
+class ColorJitter(Section):
+    kind: Literal["color_jitter"]
+    brightness: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
+    saturation: NonNegativeFloat = 0.0
+
+
+class TrivialAugment(Section):
+    """TrivialAugment, wide (Müller and Hutter 2021)."""
+
+    kind: Literal["trivial_augment"]
+
+
+class Resize(Section):
+    """Resize the shorter side to `size`."""
+
+    kind: Literal["resize"]
+    size: Pixels
+
+
+class CenterCrop(Section):
+    kind: Literal["center_crop"]
+    size: Pixels
+
+
+Transform = Annotated[
+    RandomCrop
+    | RandomHorizontalFlip
+    | RandomRotation
+    | RandomAffine
+    | RandomResizedCrop
+    | RandomErasing
+    | ColorJitter
+    | TrivialAugment
+    | Resize
+    | CenterCrop,
+    Field(discriminator="kind"),
+]
+FixedTransform = Annotated[Resize | CenterCrop, Field(discriminator="kind")]
+
+
+class Normalize(Section):
+    """(x − mean) / std per channel, on values scaled to 0…1."""
+
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(min_length=1, max_length=16)
+    std: list[PositiveFloat] = Field(min_length=1, max_length=16)
+
+
+class DataSection(Section):
+    """What all kinds of data have in common."""
+
+    global_batch: Positive = Field(description="examples in one optimizer step, over all ranks")
+    holdout: NonNegative = Field(0, description="training examples held out for the evaluation during training")
+    augment: list[Transform] = Field(default_factory=list, description="training only, seeded per example")
+    eval_transforms: list[FixedTransform] = Field(default_factory=list)
+    normalize: Normalize | None = Field(None, description="default: the data set's own mean and deviation")
+    loader_processes: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="processes per rank that prepare batches ahead; 0 prepares them in the rank itself"
+    )
+
+
+class DigitsData(DataSection):
+    """scikit-learn's handwritten digits: 1,437 + 360 images of 8×8, no download."""
+
+    kind: Literal["digits"]
+
+
+class MNISTData(DataSection):
+    kind: Literal["mnist"]
+
+
+class FashionMNISTData(DataSection):
+    kind: Literal["fashion_mnist"]
+
+
+class CIFAR10Data(DataSection):
+    kind: Literal["cifar10"]
+
+
+class ImageFolderData(DataSection):
+    """`path/train/<class>/<image>` and `path/test/<class>/<image>`."""
+
+    kind: Literal["image_folder"]
+    path: Annotated[str, Field(min_length=1)]
+
+
+class ParquetData(DataSection):
+    """Parquet files in `path/train` and `path/test` with an encoded image and an integer label in each row."""
+
+    kind: Literal["parquet"]
+    path: Annotated[str, Field(min_length=1)]
+    image_column: str = "image"
+    label_column: str = "label"
+    num_classes: Positive
+
+
+class WebDatasetData(DataSection):
+    """WebDataset shards `path/train/*.tar`, `path/test/*.tar` with an image and a class index per sample."""
+
+    kind: Literal["webdataset"]
+    path: Annotated[str, Field(min_length=1)]
+    image_key: str = "jpg"
+    label_key: str = "cls"
+    num_classes: Positive
+
+
+class SyntheticData(DataSection):
+    """Random class prototypes plus noise, made from the seed: for benchmarks and tests, learnable but not real."""
+
+    kind: Literal["synthetic"]
+    shape: list[Positive] = Field(default_factory=lambda: [3, 32, 32], min_length=1, max_length=4)
+    num_classes: Positive = 10
+    train_examples: Positive = 10_000
+    test_examples: Positive = 1_000
+    noise: NonNegativeFloat = 1.0
+
+
+class PythonData(DataSection):
+    """Data of one's own: `target(split, **args)` returns a map-style data set of `(input, target)` pairs.
+
+    `split` is `train` or `test`; inputs and targets are tensors, arrays or numbers of one shape.
+    """
+
+    kind: Literal["python"]
+    target: Target
+    args: dict[str, Any] = Field(default_factory=dict)
+    train_examples: Positive
+    test_examples: Positive
+    shape: list[Positive] = Field(min_length=1, max_length=8, description="shape of one input")
+    num_classes: Positive | None = None
+
+
+DataConfig = Annotated[
+    DigitsData
+    | MNISTData
+    | FashionMNISTData
+    | CIFAR10Data
+    | ImageFolderData
+    | ParquetData
+    | WebDatasetData
+    | SyntheticData
+    | PythonData,
+    Field(discriminator="kind"),
+]
+
+# ------------------------------------------------------------------------------------------------ loss and metrics
+
+
+class CrossEntropyLoss(Section):
+    kind: Literal["cross_entropy"]
+    label_smoothing: Fraction = 0.0
+
+
+class MSELoss(Section):
+    kind: Literal["mse"]
+
+
+class PythonLoss(Section):
+    """`target(outputs, targets, **args)` returns a scalar, the mean over the micro-batch."""
+
+    kind: Literal["python"]
+    target: Target
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+LossConfig = Annotated[CrossEntropyLoss | MSELoss | PythonLoss, Field(discriminator="kind")]
+
+MetricName = Literal[
+    "accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error", "mse", "mae"
+]
+
+
+class EvaluationConfig(Section):
+    metrics: list[MetricName] = Field(default=["accuracy"], max_length=16)
+    batch: Positive = Field(512, description="examples per rank in one forward pass of an evaluation")
+
+
+# ------------------------------------------------------------------------------------------------------- optimizer
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the step: linear warm-up, then the named decay to `final_factor` × lr."""
+
+    kind: Literal["constant", "cosine", "linear", "step"] = "constant"
+    warmup_steps: NonNegative = 0
+    final_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    milestones: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(
+        default_factory=list, description="`step` only: shares of the budget at which lr is multiplied by `gamma`"
+    )
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+
+
+class OptimizerSection(Section):
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = Field(None, description="largest global norm of the gradient")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+
+
+class SGDOptimizer(OptimizerSection):
+    kind: Literal["sgd"]
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+
+
+Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+
+
+class AdamOptimizer(OptimizerSection):
+    kind: Literal["adam"]
+    betas: Betas = Field(default_factory=lambda: [0.9, 0.999])
+    eps: PositiveFloat = 1e-8
+
+
+class AdamWOptimizer(OptimizerSection):
+    kind: Literal["adamw"]
+    betas: Betas = Field(default_factory=lambda: [0.9, 0.999])
+    eps: PositiveFloat = 1e-8
+
+
+class AdagradOptimizer(OptimizerSection):
+    kind: Literal["adagrad"]
+    eps: PositiveFloat = 1e-10
+
+
+OptimizerConfig = Annotated[
+    SGDOptimizer | AdamOptimizer | AdamWOptimizer | AdagradOptimizer, Field(discriminator="kind")
+]
+
+# ------------------------------------------------------------------------------------------ precision and topology
+
+
+class PrecisionConfig(Section):
+    """Arithmetic of forward and backward; the master weights and the optimizer are fp32 throughout."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    loss_scale: Literal["dynamic"] | PositiveFloat = Field("dynamic", description="fp16 only")
+    initial_scale: PositiveFloat = Field(65536.0, description="first dynamic scale, a power of two")
+    scale_window: Positive = Field(1000, description="clean steps after which a dynamic scale is doubled")
+    hysteresis: Positive = Field(2, description="overflows before a dynamic scale is halved")
+    min_scale: PositiveFloat = Field(1.0, description="a dynamic scale never falls below it")
+
+
+class ParallelConfig(Section):
+    """How the work is spread. `data-parallel size = workers`; the global batch is split evenly over it."""
+
+    workers: Annotated[int, Field(gt=0, le=65536)] = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="ZeRO stage")
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="keep master weights and optimizer state in host memory"
+    )
+    pipeline: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="pipeline stages")
+    micro_batch: Positive | None = Field(None, description="largest batch of one forward pass on one rank")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
+    cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
+    max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        3, description="times that lost workers are replaced before the run fails"
+    )
+
+
+class BudgetConfig(Section):
+    """How long to train: `steps` or `epochs`, exactly one of them."""
+
+    steps: Positive | None = None
+    epochs: PositiveFloat | None = None
+    evaluate_every: NonNegative = Field(0, description="steps between evaluations; 0: only at the end")
+    checkpoint_every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: Positive = Field(2, description="complete checkpoints kept; older ones are removed")
+
+
+class TrackingConfig(Section):
+    experiment: Name = "temper"
+    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else <storage>/mlflow.db")
+    record_every: Positive = Field(1, description="steps between two points of the training curves")
+    system_metrics: bool = True
+
+
+class JobConfig(Section):
+    """One training job."""
+
+    name: Name
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = Field(default_factory=lambda: CrossEntropyLoss(kind="cross_entropy"))
+    optimizer: OptimizerConfig
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    budget: BudgetConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    storage: Annotated[str, Field(min_length=1)] = Field(
+        "./runs", description="a folder; on several nodes a shared one"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+def json_schema() -> dict[str, Any]:
+    """The job's JSON Schema (draft 2020-12), for editors."""
+    schema = JobConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "temper job"
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))
