@@ -1,0 +1,126 @@
+"""Rules that need more than the job: the facts of its data and model, the machine's folders, the tracking address."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from temper.config.explain import suggest
+from temper.config.schema import JobConfig
+from temper.errors import Problem
+from temper.plan.facts import DataFacts
+from temper.plan.phases import plan_steps
+from temper.plan.probe import ModelFacts
+
+_MAX_STEPS = 2**40
+_TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+
+def check_data(job: JobConfig, data: DataFacts) -> list[Problem]:
+    """What of the job its data cannot give."""
+    problems = []
+    batch, examples = job.data.global_batch, data.train_examples
+    if batch > examples:
+        workers = job.parallel.workers
+        largest = examples // workers * workers
+        remedy = f"use at most {largest}" if largest else f"use at most {examples}, and as many workers"
+        problems.append(Problem("data.global_batch", batch, f"is larger than the training split of {examples}", remedy))
+    problems += _check_epochs(job, data)
+    problems += _check_classes(job, data)
+    problems += _check_metrics(job, data)
+    return problems
+
+
+def _check_epochs(job: JobConfig, data: DataFacts) -> list[Problem]:
+    """For a budget of epochs what the schema and check_job say of one of steps."""
+    epochs, warmup = job.budget.epochs, job.optimizer.schedule.warmup_steps
+    if epochs is None or job.budget.steps is not None:
+        return []
+    if epochs * data.train_examples > _MAX_STEPS:
+        most = _MAX_STEPS // data.train_examples
+        return [Problem("budget.epochs", epochs, "is more than any run can take", f"use at most {most}")]
+    steps = plan_steps(job, data)
+    if warmup < steps:
+        return []
+    rule = f"never ends: budget.epochs: {epochs:g} are {steps} steps"
+    return [Problem("optimizer.schedule.warmup_steps", warmup, rule, f"use at most {steps - 1}")]
+
+
+def _check_classes(job: JobConfig, data: DataFacts) -> list[Problem]:
+    """The model needs an output for every class; more are legal, and wasted."""
+    asked = getattr(job.model, "num_classes", None)
+    if data.num_classes is None:
+        if job.model.kind != "python" and job.model.kind != "transformers" and asked is None:
+            rule = "must be given, because data.num_classes is not"
+            return [Problem("model.num_classes", None, rule, "give the number of the model's outputs")]
+        return []
+    if asked is not None and asked < data.num_classes:
+        rule = f"is less than the data's {data.num_classes} classes"
+        return [Problem("model.num_classes", asked, rule, f"use {data.num_classes} or leave it out")]
+    return []
+
+
+def _check_metrics(job: JobConfig, data: DataFacts) -> list[Problem]:
+    if data.num_classes is None or data.num_classes >= 5 or "top5_accuracy" not in job.evaluation.metrics:
+        return []
+    index = job.evaluation.metrics.index("top5_accuracy")
+    rule = f"is always 1 with {data.num_classes} classes; it needs at least 5"
+    return [Problem(f"evaluation.metrics.{index}", "top5_accuracy", rule, "leave it out")]
+
+
+def check_model(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:
+    """What the built model shows: nothing to train, or too few outputs for the classes."""
+    if model.num_trainable == 0:
+        return [Problem("model", job.model.kind, "has no trainable parameter", "use a model with weights")]
+    shape = model.output_shape
+    if job.loss.kind != "cross_entropy" or data.num_classes is None or not shape or shape[0] >= data.num_classes:
+        return []
+    rule = f"gives {shape[0]} outputs per example, and the data has {data.num_classes} classes"
+    return [Problem("model", job.model.kind, rule, f"give it {data.num_classes} outputs")]
+
+
+def check_storage(job: JobConfig) -> list[Problem]:
+    """`storage` must be a folder that this process can write to, or one that it can make."""
+    text = job.storage
+    if "://" in text:
+        rule = "is an address, and storage must be a folder"
+        return [Problem("storage", text, rule, "use a folder that all nodes share, e.g. on NFS or a mounted bucket")]
+    try:
+        existing = Path(text).absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            return [Problem("storage", text, f"cannot be a folder: {existing} is a file", "use another path")]
+        if not os.access(existing, os.W_OK | os.X_OK):
+            return [Problem("storage", text, f"cannot be written: no permission in {existing}", "use another folder")]
+    except OSError as error:
+        return [Problem("storage", text, f"cannot be used: {error.strerror}", "use another path")]
+    return []
+
+
+def check_tracking(job: JobConfig) -> list[Problem]:
+    """The tracking address, from the job or from MLFLOW_TRACKING_URI, must be of a kind that keeps what is logged."""
+    uri = job.tracking.uri
+    source = ""
+    if uri is None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or None
+        source = " (from MLFLOW_TRACKING_URI)"
+    if uri is None or uri == "databricks":
+        return []
+    scheme, separator, rest = uri.partition("://")
+    dialect = scheme.split("+")[0]
+    if not separator:
+        rule = f"is not an address{source}: it has no scheme"
+        return [
+            Problem(
+                "tracking.uri", uri, rule, f"use e.g. sqlite:///{uri.strip('/') or 'mlflow'}.db or http://host:5000"
+            )
+        ]
+    if dialect not in _TRACKING_SCHEMES:
+        rule = f"has the scheme {scheme}, which cannot be tracked to{source}"
+        return [Problem("tracking.uri", uri, rule, suggest(dialect, _TRACKING_SCHEMES))]
+    if not rest.strip("/"):
+        return [
+            Problem("tracking.uri", uri, f"names no {'file' if dialect == 'sqlite' else 'host'}{source}", "complete it")
+        ]
+    return []

@@ -1,0 +1,157 @@
+"""What one rank holds while it trains: bytes, by what they are for.
+
+The formulas are those of the ZeRO paper (Rajbhandari et al. 2020, section 3) with what DeepSpeed 0.19 really does,
+measured tensor by tensor: with ZeRO it keeps a separate master partition in fp32, too; stage 2 keeps every gradient
+whole that reaches into a rank's partition; stage 3 keeps small parameters on every rank. Not counted: the interpreter
+and its libraries, workspaces of kernels, and copies that live within one call, such as the fp32 copy of the gradients
+in a step.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from temper.config.schema import JobConfig
+from temper.plan.deepspeed_config import bucket_elements, zero_stage
+from temper.plan.mesh import BatchPlan, MeshPlan
+from temper.plan.probe import ModelFacts
+
+_FP32 = 4
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# `stage3_param_persistence_threshold`: stage 3 leaves smaller parameters whole on every rank.
+_PERSISTENT = 100_000
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the rank that holds most. With offload, `host_…` lies in the node's memory beside each rank.
+
+    - `parameters`: weights as forward uses them, and the model's buffers
+    - `gradients`: at the end of the backward pass
+    - `optimizer_state`: fp32 masters, where they are separate from the parameters, and moments
+    - `activations`: of one micro-batch
+    - `buckets`: buffers in which gradients are gathered to be reduced
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    buckets: int
+    host_gradients: int
+    host_optimizer_state: int
+
+    @property
+    def device_bytes(self) -> int:
+        """All that lies on the rank's device."""
+        return self.parameters + self.gradients + self.optimizer_state + self.activations + self.buckets
+
+    @property
+    def host_bytes(self) -> int:
+        """All that offload puts into host memory."""
+        return self.host_gradients + self.host_optimizer_state
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Elements on one rank: `partition` of masters and moments, `touched` in parameters that reach into it."""
+
+    partition: int
+    touched: int
+    persistent: int
+
+
+def plan_memory(job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> MemoryPlan:
+    """Memory of one rank for the job's ZeRO stage, precision, optimizer and offload."""
+    width = _BYTES[job.precision.dtype]
+    shares = _shares(zero_stage(job), model.parameter_sizes, mesh.data)
+    offload = job.parallel.offload == "cpu"
+    state = _optimizer_state(job, shares)
+    gradients = _gradients(zero_stage(job), width, model, shares)
+    return MemoryPlan(
+        parameters=_parameters(zero_stage(job), width, model, mesh, shares),
+        gradients=_staged_gradients(zero_stage(job), width, model, batch) if offload else gradients,
+        optimizer_state=0 if offload else state,
+        activations=model.activation_bytes_per_example * batch.micro_batch * width // _FP32,
+        buckets=_buckets(zero_stage(job), width, model, mesh),
+        host_gradients=_host_gradients(zero_stage(job), width, model, batch, shares) if offload else 0,
+        host_optimizer_state=state if offload else 0,
+    )
+
+
+def _shares(zero: int, sizes: Sequence[int], ranks: int) -> _Shares:
+    total = sum(sizes)
+    if zero == 0:
+        return _Shares(total, total, total)
+    if zero == 3:
+        partition = sum(-(-size // ranks) for size in sizes)
+        return _Shares(partition, partition, sum(size for size in sizes if size <= _PERSISTENT))
+    # Stages 1 and 2 cut one flat vector, padded to an even number of elements for each rank.
+    partition = -(-total // (2 * ranks)) * 2
+    return _Shares(partition, _touched(sizes, partition, ranks), 0)
+
+
+def _touched(sizes: Sequence[int], partition: int, ranks: int) -> int:
+    """Elements of all parameters that reach into a rank's partition, on the rank where they are most."""
+    ends = list(itertools.accumulate(sizes))
+    largest = 0
+    for rank in range(ranks):
+        first, last = rank * partition, min((rank + 1) * partition, ends[-1] if ends else 0)
+        if first >= last:
+            break
+        low = bisect.bisect_right(ends, first)
+        high = bisect.bisect_left(ends, last)
+        largest = max(largest, ends[high] - (ends[low - 1] if low else 0))
+    return largest
+
+
+def _parameters(zero: int, width: int, model: ModelFacts, mesh: MeshPlan, shares: _Shares) -> int:
+    frozen = model.num_parameters - model.num_trainable
+    if zero < 3:
+        return width * (model.num_trainable + frozen) + model.buffer_bytes
+    return width * (shares.partition + shares.persistent - (-frozen // mesh.data)) + model.buffer_bytes
+
+
+def _optimizer_state(job: JobConfig, shares: _Shares) -> int:
+    separate_masters = zero_stage(job) > 0
+    return _FP32 * shares.partition * (separate_masters + _num_moments(job))
+
+
+def _num_moments(job: JobConfig) -> int:
+    """fp32 values that the optimizer keeps for each parameter."""
+    if job.optimizer.kind == "sgd":
+        return 1 if job.optimizer.momentum > 0 else 0
+    return {"adam": 2, "adamw": 2, "adagrad": 1}[job.optimizer.kind]
+
+
+def _gradients(zero: int, width: int, model: ModelFacts, shares: _Shares) -> int:
+    return width * (shares.touched if zero >= 2 else model.num_trainable)
+
+
+def _staged_gradients(zero: int, width: int, model: ModelFacts, batch: BatchPlan) -> int:
+    """What of the gradients stays on the device when they move to the host as they are made."""
+    if zero == 3:
+        return 0
+    staging = width * max(model.parameter_sizes, default=0)
+    # Stage 1 adds up the micro-batches of a step on the device before it moves anything.
+    return staging + (width * model.num_trainable if zero == 1 and batch.accumulation > 1 else 0)
+
+
+def _host_gradients(zero: int, width: int, model: ModelFacts, batch: BatchPlan, shares: _Shares) -> int:
+    masters_gradient = _FP32 * shares.partition
+    if zero == 3:
+        return masters_gradient + width * shares.partition
+    staging = width * (shares.partition + max(model.parameter_sizes, default=0))
+    accumulated = width * shares.touched if zero == 2 and batch.accumulation > 1 else 0
+    return masters_gradient + staging + accumulated
+
+
+def _buckets(zero: int, width: int, model: ModelFacts, mesh: MeshPlan) -> int:
+    if zero == 0 and mesh.data == 1:
+        return 0
+    # Stages 1 and 2 take turns between two where reduction overlaps with the backward pass, which it does on a GPU.
+    number = 2 if zero in (1, 2) and mesh.device == "cuda" else 1
+    return width * bucket_elements(model.num_trainable) * number

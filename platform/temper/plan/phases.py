@@ -1,0 +1,127 @@
+"""The phases of a job and their fingerprints: what is computed, and the name under which the result is stored.
+
+Two phases with one fingerprint compute the same result; a phase whose fingerprint is in the store is not computed
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from temper.config.schema import JobConfig
+from temper.plan.facts import DataFacts
+from temper.plan.mesh import BatchPlan, MeshPlan
+
+NUMERICS_VERSION = 1
+"""Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
+
+_LIBRARIES = ("torch", "torchvision", "deepspeed")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """`steps` optimizer steps from `first_step` (0-based, over the whole job) under one DeepSpeed configuration."""
+
+    name: str
+    first_step: int
+    steps: int
+    fingerprint: str
+    deepspeed: dict[str, Any]
+
+
+def plan_steps(job: JobConfig, data: DataFacts) -> int:
+    """Optimizer steps of the budget. Batches run on across epochs, so that each example is seen once in each."""
+    if job.budget.steps is not None:
+        return job.budget.steps
+    assert job.budget.epochs is not None, "check_job lets exactly one of steps and epochs through"
+    return max(1, round(job.budget.epochs * data.train_examples / job.data.global_batch))
+
+
+def ingredients(
+    job: JobConfig, data: DataFacts, mesh: MeshPlan, batch: BatchPlan, steps: int, sources: dict[str, str]
+) -> dict[str, Any]:
+    """Everything that decides the result of the dense phase, JSON-able, to be hashed, and to be read when hashes
+    differ.
+
+    - `numerics`, `libraries`: temper's own version of its numerics; the libraries that compute and that build the
+      models.
+    - `model`: its section, the number of classes filled in from the data.
+    - `data`: fingerprint of the examples, and what is done to them in training: holdout, augmentation, normalisation,
+      global batch. Not `eval_transforms` and `loader_processes`, which no weight depends on.
+    - `loss`, `optimizer`: their sections. The schedule depends on `steps`, which is an ingredient of its own.
+    - `precision`: only the type where it is not fp16; the loss scale acts on nothing else.
+    - `topology`: sums are taken in another order with another number of ranks, ZeRO stage or micro-batch, on another
+      device, or on a CPU with another number of threads, and the last bits with them.
+    - `sources`: hash of the code behind each `kind: python` target.
+
+    Not in it, because no weight depends on them: name, storage, tracking, evaluation, the intervals of the budget,
+    restarts.
+    """
+    return {
+        "numerics": NUMERICS_VERSION,
+        "libraries": library_versions(job),
+        "model": _model(job, data),
+        "data": _data(job, data),
+        "loss": job.loss.model_dump(mode="json"),
+        "optimizer": job.optimizer.model_dump(mode="json"),
+        "precision": job.precision.model_dump(
+            mode="json", include=None if job.precision.dtype == "fp16" else {"dtype"}
+        ),
+        "topology": _topology(job, mesh, batch),
+        "steps": steps,
+        "seed": job.seed,
+        "sources": sources,
+    }
+
+
+def fingerprint(recipe: dict[str, Any], before: str = "") -> str:
+    """SHA-256 over the fingerprint of the phase before (none: empty) and the canonical JSON of the ingredients."""
+    text = json.dumps([before, recipe], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _model(job: JobConfig, data: DataFacts) -> dict[str, Any]:
+    section = job.model.model_dump(mode="json")
+    if "num_classes" in section and section["num_classes"] is None:
+        section["num_classes"] = data.num_classes
+    return section
+
+
+def _data(job: JobConfig, data: DataFacts) -> dict[str, Any]:
+    return {
+        "fingerprint": data.fingerprint,
+        "holdout": job.data.holdout,
+        "augment": [transform.model_dump(mode="json") for transform in job.data.augment],
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "global_batch": job.data.global_batch,
+    }
+
+
+def _topology(job: JobConfig, mesh: MeshPlan, batch: BatchPlan) -> dict[str, Any]:
+    return {
+        "data": mesh.data,
+        "pipeline": mesh.pipeline,
+        "zero": job.parallel.zero,
+        "offload": job.parallel.offload,
+        "micro_batch": batch.micro_batch,
+        "device": mesh.device,
+        "threads": job.parallel.cpus_per_worker if mesh.device == "cpu" else None,
+    }
+
+
+def library_versions(job: JobConfig) -> dict[str, str]:
+    """Installed versions of the libraries that decide the job's numbers, read from their metadata, not imported."""
+    names = (*_LIBRARIES, "transformers") if job.model.kind == "transformers" else _LIBRARIES
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,41 @@
+"""Files by which the driver, the controller and the workers of one run know each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from temper.plan.build import Plan
+from temper.plan.phases import PhasePlan
+
+JOB = "job.yaml"
+PLAN = "plan.json"
+RUN = "run.json"  # which MLflow run this is, and where
+STAGES = "stages.jsonl"  # what the run is doing before its first step, for people
+FAILURES = "failures.jsonl"
+STOP = "stop"  # its presence asks the workers to save and stop
+
+HISTORY = "history.jsonl"  # of a phase: one record a step
+CHECKPOINTS = "checkpoints"
+PHASE_MANIFEST = "phase.json"  # of a phase; there only when the phase is complete
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker is told. `import_folders` are searched for `kind: python` targets."""
+
+    plan: Plan
+    phase: PhasePlan
+    import_folders: tuple[str, ...]
+
+    @property
+    def run_folder(self) -> Path:
+        return self.plan.run_folder
+
+    @property
+    def phase_folder(self) -> Path:
+        return self.plan.phase_folder(self.phase)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.phase_folder / CHECKPOINTS
