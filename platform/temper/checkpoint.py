@@ -1,0 +1,259 @@
+"""Checkpoints that belong to no topology: every tensor is stored as flat ranges of the whole, unsharded tensor.
+
+A checkpoint is a folder `step-00000500/`:
+
+    rank-00000.safetensors   the ranges that rank 0 owns, one per key `<kind>/<name>/<start>`
+    …
+    state.json               step, counters, the optimizer's step, the loss scaler, shapes
+    records.jsonl            the records since the checkpoint before it (see tracking.history)
+    manifest.json            size and SHA-256 of each file; written last, atomically
+
+`kind` is `master` (fp32 weights), `buffer`, or the name of an optimizer's moment. A reader assembles any range of any
+tensor from whatever ranges were written, so a run resumes on another number of workers or ZeRO stage. Nothing is
+pickled. Without a manifest, or where a file differs from it, a checkpoint does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from temper.errors import CheckpointError
+from temper.files import read_json, sync, write_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+RECORDS = "records.jsonl"
+MASTER = "master"
+BUFFER = "buffer"
+_FOLDER = re.compile(r"^step-(\d{8,})$")
+_KEY = re.compile(r"^(?P<kind>[^/]+)/(?P<name>.+)/(?P<start>\d+)$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's range `[start, start + numel)` of the flattened tensor `name`, for each kind of value it holds.
+
+    `tensors` are flat views of the live values, all of the same length.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def write_shards(folder: Path, rank: int, shards: Sequence[Shard]) -> None:
+    """Writes a rank's shards and, beside them, their size and digest for the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{kind}/{shard.name}/{shard.start}": tensor.detach().cpu().contiguous()
+        for shard in shards
+        for kind, tensor in shard.tensors.items()
+    }
+    path = folder / f"rank-{rank:05d}.safetensors"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    write_json(_digest_path(folder, rank), {path.name: _describe(path)})
+
+
+def write_manifest(
+    folder: Path,
+    num_ranks: int,
+    state: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    records: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Completes a checkpoint whose ranks have all called :func:`write_shards`. One rank calls it."""
+    write_json(folder / STATE, {**state, "shapes": {name: list(shape) for name, shape in shapes.items()}})
+    (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    sync(folder / RECORDS)
+    files = {name: _describe(folder / name) for name in (STATE, RECORDS)}
+    for rank in range(num_ranks):
+        digest = _digest_path(folder, rank)
+        files.update(json.loads(digest.read_text()))
+    # An earlier attempt on more ranks may have left shards behind; a manifest names exactly what belongs.
+    for path in folder.glob("rank-*.safetensors"):
+        if path.name not in files:
+            path.unlink()
+    write_json(folder / MANIFEST, {"format": FORMAT, "step": state["step"], "files": files})
+    for path in folder.glob("rank-*.digest.json"):
+        path.unlink()
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Removes all but the newest `keep` complete checkpoints, and what half-written ones older than these left."""
+    complete = list_checkpoints(root)
+    if len(complete) < keep:
+        return
+    oldest_kept = _step_of(complete[-keep])
+    for folder in root.iterdir():
+        if _FOLDER.match(folder.name) and _step_of(folder) < oldest_kept:
+            # Without its manifest the folder no longer counts, so a reader never meets one that is half removed.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.digest.json"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+def _step_of(folder: Path) -> int:
+    match = _FOLDER.match(folder.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Folders of `root` that hold a manifest, oldest first."""
+    if not root.is_dir():
+        return []
+    folders = [path for path in root.iterdir() if _FOLDER.match(path.name) and (path / MANIFEST).is_file()]
+    return sorted(folders, key=_step_of)
+
+
+def check_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. `part` of `parts` reads only its share of the files (one per rank)."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return f"{folder / MANIFEST}: not a manifest"
+    if manifest.get("format") != FORMAT:
+        return f"{folder / MANIFEST}: format {manifest.get('format')!r}, this temper reads {FORMAT}"
+    for name in sorted(manifest["files"])[part::parts]:
+        problem = _check_file(folder / name, manifest["files"][name])
+        if problem is not None:
+            return problem
+    return None
+
+
+def _check_file(path: Path, expected: Any) -> str | None:
+    if not path.is_file():
+        return f"{path}: missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path}: {size} bytes, the manifest says {expected['bytes']}"
+    if _describe(path)["sha256"] != expected["sha256"]:
+        return f"{path}: its SHA-256 is not the manifest's; the file was damaged"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Range:
+    start: int
+    stop: int
+    file: int
+    key: str
+
+
+class CheckpointReader:
+    """Reads any range of any tensor of a checkpoint, memory-mapped.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or a range is asked for that no rank wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{folder}: no complete checkpoint (manifest missing or unreadable)")
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
+        paths = [folder / name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._ranges: dict[tuple[str, str], list[_Range]] = {}
+        for index, file in enumerate(self._files):
+            self._index(index, file)
+        for ranges in self._ranges.values():
+            ranges.sort(key=lambda item: item.start)
+
+    def _index(self, index: int, file: Any) -> None:
+        for key in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
+            match = _KEY.match(key)
+            if match is None:
+                raise CheckpointError(f"{self.folder}: unexpected tensor {key!r}")
+            start = int(match["start"])
+            stop = start + file.get_slice(key).get_shape()[0]
+            self._ranges.setdefault((match["kind"], match["name"]), []).append(_Range(start, stop, index, key))
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors that have values of `kind`, in the order of the model."""
+        return [name for name in self.shapes if (kind, name) in self._ranges]
+
+    def moments(self) -> list[str]:
+        """Kinds of the optimizer's moments in this checkpoint."""
+        return sorted({kind for kind, _ in self._ranges} - {MASTER, BUFFER})
+
+    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """The flat range `[start, start + numel)` of a tensor; the whole of it by default."""
+        total = math.prod(self.shapes[name])
+        stop = total if numel is None else start + numel
+        pieces = list(self._pieces(kind, name, start, stop))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        position = start
+        for item in self._ranges.get((kind, name), ()):
+            if item.stop <= position or item.start > position:
+                continue
+            end = min(stop, item.stop)
+            yield self._files[item.file].get_slice(item.key)[position - item.start : end - item.start]
+            position = end
+            if position >= stop:
+                return
+        if position < stop or start == stop:
+            raise CheckpointError(f"{self.folder}: no rank wrote {kind} of {name} at {position}")
+
+    def full(self, kind: str, name: str) -> Tensor:
+        """A whole tensor in its own shape."""
+        return self.read(kind, name).reshape(self.shapes[name])
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the steps between the checkpoint before this one and this one."""
+        return [json.loads(line) for line in (self.folder / RECORDS).read_text().splitlines()]
+
+
+def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
+    """The model's full fp32 weights and buffers by their own names."""
+    weights = {name: reader.full(MASTER, name) for name in reader.names(MASTER)}
+    buffers = {name: reader.full(BUFFER, name) for name in reader.names(BUFFER)}
+    return {**weights, **buffers}

@@ -1,0 +1,58 @@
+"""What the loop knows of an engine: one optimizer step, one evaluation pass, and all of its resumable state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from temper.checkpoint import CheckpointReader, Shard
+
+LossFunction = Callable[[Any, Tensor], Mapping[str, Tensor]]
+"""`(outputs, targets) -> named terms`, fp32 scalars, each the mean over the micro-batch; their sum is the loss."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did on this rank. Tensors stay on the device, so that nothing waits for them.
+
+    `loss` and `terms` are means over the rank's part of the batch; `grad_norm` is global, before clipping;
+    `applied` is false where fp16 gradients overflowed and the step was skipped; `loss_scale` is None but in fp16.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    grad_norm: float | Tensor | None
+    applied: bool
+    loss_scale: float | None
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """The engine's scalars in a checkpoint; the tensors travel as shards."""
+
+    optimizer_step: int = 0
+    loss_scaler: Mapping[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One rank's part of a training engine."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def step(self, inputs: Tensor, targets: Tensor, *, lr: float, seed: int) -> StepResult:
+        """One optimizer step on the rank's part of a global batch, `(rank_batch, …)`; `seed` drives dropout."""
+
+    def predict(self, inputs: Tensor) -> Any:
+        """The model's outputs in evaluation mode, without gradients. Collective: all ranks call it equally often."""
+
+    def shards(self) -> list[Shard]:
+        """This rank's part of the fp32 masters, the optimizer's moments and the model's buffers, as views."""
+
+    def state(self) -> EngineState: ...
+
+    def load(self, reader: CheckpointReader, state: EngineState) -> None:
+        """Takes masters, moments, buffers and scalars from a checkpoint of any topology."""
