@@ -1,0 +1,138 @@
+"""What runs in the Ray Train controller: reported records into the history and to MLflow, failures into a file.
+
+Built on the driver and pickled to the controller, so it holds plain data until the first report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint, UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.callback import RayTrainCallback
+
+from temper.errors import RunError
+from temper.tracking.delivery import RunTracker
+from temper.tracking.failures import describe_failure, failed_ranks, unwrap
+from temper.tracking.history import History
+
+log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 15.0
+_ABORT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class TrackingTarget:
+    """Where one phase's records and failures go: `run_id` of MLflow at `uri`, and two files.
+
+    `system_metrics`: whether the use of the machine is logged to the run as well.
+    """
+
+    uri: str
+    run_id: str
+    history_path: str
+    failures_path: str
+    system_metrics: bool
+
+
+def build_callbacks(target: TrackingTarget) -> list[RayTrainCallback]:
+    """For `RunConfig(callbacks=…)`: the tracking, and its orderly end before the controller exits."""
+    tracking = TrackingCallback(target)
+    return [tracking, TrackingEnd(tracking)]
+
+
+class TrackingCallback(UserCallback):
+    """Takes `{"records": [...]}` of rank 0 from every report; the other ranks' metrics are not looked at."""
+
+    def __init__(self, target: TrackingTarget) -> None:
+        self.target = target
+        self._tracker: RunTracker | None = None
+        self._failures: list[dict[str, Any]] = []
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Never raises: a fault in tracking must not end the training."""
+        try:
+            self._open().add(metrics[0].get("records", []))
+        except Exception:
+            log.exception("a report could not be tracked")
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        """Write the failures down; raise RunError if every attempt would fail like this one.
+
+        Ray Train restarts the workers after any exception of theirs, but stops at once when a callback raises.
+        """
+        self._write_failures(worker_exceptions)
+        failed = failed_ranks(worker_exceptions)
+        if failed:
+            rank, error = min(failed.items())
+            origin = unwrap(error)
+            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            path = self.target.failures_path
+            raise RunError(f"rank {rank}{others}: {type(origin).__name__}: {origin}; details in {path}")
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver what is left; true when the store has everything. Never raises."""
+        if self._tracker is None:
+            return True
+        try:
+            return self._tracker.close(timeout_s)
+        except Exception:
+            log.exception("tracking did not end in order")
+            return False
+
+    def _open(self) -> RunTracker:
+        if self._tracker is None:
+            target = self.target
+            history = History(target.history_path)
+            self._tracker = RunTracker(target.uri, target.run_id, history, system_metrics=target.system_metrics)
+            self._tracker.start()
+        return self._tracker
+
+    def _write_failures(self, errors: Mapping[int, BaseException]) -> None:
+        time_ms = time.time_ns() // 1_000_000
+        failures = [describe_failure(rank, error, time_ms) for rank, error in sorted(errors.items())]
+        # While a group is being given up, Ray Train polls its dead workers and tells of the same exceptions again.
+        if _same(failures, self._failures):
+            return
+        self._failures = failures
+        try:
+            path = Path(self.target.failures_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(failure) + "\n" for failure in failures)
+        except OSError as error:
+            log.error("%s cannot be written: %s", self.target.failures_path, error)
+
+
+def _same(failures: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> bool:
+    def identities(of: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(failure["rank"], failure["type"], failure["message"]) for failure in of]
+
+    return identities(failures) == identities(others)
+
+
+class TrackingEnd(ControllerCallback):
+    """Drains the tracking before the controller's process goes.
+
+    Not part of :class:`TrackingCallback`, because Ray Train gives a UserCallback no hook of the controller's end. The
+    two are pickled together and stay connected.
+    """
+
+    def __init__(self, tracking: TrackingCallback) -> None:
+        self._tracking = tracking
+
+    async def before_controller_shutdown(self) -> None:
+        """After the last report and the workers' end, before the result is handed to the driver."""
+        await asyncio.to_thread(self._tracking.close, _CLOSE_TIMEOUT_S)
+
+    def before_controller_abort(self) -> None:
+        """After an interrupt; the driver waits for it."""
+        self._tracking.close(_ABORT_TIMEOUT_S)

@@ -1,0 +1,176 @@
+"""The history of a phase: one record for each optimizer step, in a file that survives any crash.
+
+`<phase folder>/history.jsonl` holds one JSON object a line, in ascending order of steps:
+`{"step": int, "time_ms": int, "metrics": {name: float}}`. It is written by one process, the Ray Train controller, and
+read by any other. It is also the queue from which the tracker delivers to MLflow, so an outage there costs no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+log = logging.getLogger(__name__)
+
+
+class Record(TypedDict):
+    """`step`: finished optimizer steps, from 1; `time_ms`: milliseconds since 1970; NaN and infinity are kept."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class History:
+    """The writing end. Opening repairs the file: a line that a crash cut short is removed.
+
+    No method raises on a full or failing disk: what cannot be written is kept in memory, said once in the log, and
+    written with the next records that can be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._unwritten: list[Record] = []
+        self._lock = threading.Lock()
+        self._failing = False
+        self.last_step = 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.last_step = _repair(self.path)
+        except OSError as error:
+            self._say_failure(error)
+
+    def append(self, records: Sequence[Record]) -> list[Record]:
+        """Store the records that are new, in the order of their steps, and return them.
+
+        A step that is already stored is dropped: after a restart from an older checkpoint the same steps come again
+        with the same values. When this returns without a warning in the log, the records are on the disk.
+        """
+        with self._lock:
+            new = []
+            for record in records:
+                if record["step"] > self.last_step:
+                    self.last_step = record["step"]
+                    new.append(record)
+            self._unwritten += new
+            if self._unwritten:
+                self._write()
+        return new
+
+    def unwritten(self) -> list[Record]:
+        """Records that the disk has not taken yet; all later than those in the file."""
+        with self._lock:
+            return list(self._unwritten)
+
+    def _write(self) -> None:
+        lines = b"".join(_line(record) for record in self._unwritten)
+        try:
+            _append_durably(self.path, lines)
+        except OSError as error:
+            self._say_failure(error)
+            return
+        if self._failing:
+            log.warning("%s can be written again; %d records were caught up", self.path, len(self._unwritten))
+        self._failing = False
+        self._unwritten = []
+
+    def _say_failure(self, error: OSError) -> None:
+        if not self._failing:
+            log.error("%s cannot be written (%s); training goes on, its records are kept in memory", self.path, error)
+        self._failing = True
+
+
+class HistoryTail:
+    """The reading end for somebody who follows: each call of `poll` returns what has been added since the last one."""
+
+    def __init__(self, path: str | os.PathLike[str], after_step: int = 0) -> None:
+        self.path = Path(path)
+        self.last_step = after_step
+        self._offset = 0
+
+    def poll(self, limit: int | None = None) -> list[Record]:
+        """Complete records after the last one returned, at most `limit`; none if the file does not exist (yet)."""
+        records: list[Record] = []
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:
+                # Somebody replaced the file by a shorter one; steps that were returned before are skipped below.
+                self._offset = 0
+            file.seek(self._offset)
+            while (limit is None or len(records) < limit) and (line := file.readline()).endswith(b"\n"):
+                self._offset += len(line)
+                record = _parse(line)
+                if record is None:
+                    log.warning("%s holds a damaged line before byte %d; it is skipped", self.path, self._offset)
+                elif record["step"] > self.last_step:
+                    self.last_step = record["step"]
+                    records.append(record)
+        return records
+
+
+def read_history(path: str | os.PathLike[str], after_step: int = 0) -> list[Record]:
+    """All complete records with a step greater than `after_step`; an empty list where there is no file."""
+    return HistoryTail(path, after_step).poll()
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _parse(line: bytes) -> Record | None:
+    """The record in one line; None if the line is damaged. No strict prefix of a JSON object is one."""
+    try:
+        record = json.loads(line)
+        step, time_ms, metrics = int(record["step"]), int(record["time_ms"]), record["metrics"]
+        return {"step": step, "time_ms": time_ms, "metrics": {name: float(value) for name, value in metrics.items()}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _append_durably(path: Path, data: bytes) -> None:
+    """All of `data` at the end of `path` and on the disk, or nothing of it and OSError."""
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += file.write(data[written:])
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _repair(path: Path) -> int:
+    """Make the file end with a complete record; return that record's step, 0 for an empty file."""
+    if not path.exists() or path.stat().st_size == 0:
+        return 0
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            size = len(content)
+            complete_lines = ((end, r["step"]) for line, end in _lines_backwards(content) if (r := _parse(line)))
+            end, step = next(complete_lines, (0, 0))
+            complete = end > 0 and content[end - 1 : end] == b"\n"
+        if end < size:
+            log.warning("%s ended in %d bytes of an unfinished record; they are removed", path, size - end)
+            file.truncate(end)
+        if end and not complete:
+            file.seek(end)
+            file.write(b"\n")
+    return step
+
+
+def _lines_backwards(content: mmap.mmap) -> Iterator[tuple[bytes, int]]:
+    """(line, offset of its end) from the last line to the first; the end lies behind the newline where there is one."""
+    end = len(content)
+    while end > 0:
+        begin = content.rfind(b"\n", 0, end - 1) + 1
+        yield content[begin:end], end
+        end = begin

@@ -1,0 +1,395 @@
+"""MLflow: where a run is recorded, opening and closing it, and its metrics as a sink of records.
+
+The only module that imports mlflow, and only inside functions, because the import alone takes one to three seconds.
+A fresh SQLite store costs three more (MLflow's own migrations), so the driver opens the run beside Ray's start-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+import temper
+from temper.config.schema import JobConfig
+from temper.errors import RunError
+from temper.tracking.history import Record
+from temper.tracking.provenance import GitState, environment_text, git_state
+from temper.tracking.redact import redact_text, redact_values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+    from temper.plan.build import Plan
+
+log = logging.getLogger(__name__)
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+PROGRESS_METRIC = "train/loss"
+"""Every record has it, and it is sent last: its latest step in MLflow is the last record that arrived whole."""
+
+BATCH_METRICS = 1000  # MLflow's limits on one request, and on the length of names and values
+_BATCH_PARAMS = 100
+_KEY_LENGTH = 250
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 5000
+_SYSTEM_INTERVAL_S = 5.0
+
+# Unless the user has set them. By default an unreachable server blocks a call for minutes; MLflow's asynchronous
+# logging loses points; its usage reports have no place in a training job.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class RefusedError(Exception):
+    """The store is up and will never take these metrics as they are."""
+
+
+# ------------------------------------------------------------------------------------------------------- where
+
+
+def tracking_uri(job: JobConfig) -> str:
+    """`tracking.uri`, else the default of the job's storage."""
+    return storage_uri(Path(job.storage), job.tracking.uri)
+
+
+def storage_uri(storage: Path, configured: str | None = None) -> str:
+    """`configured`, else MLFLOW_TRACKING_URI, else SQLite in `storage`. Relative paths are made absolute, because the
+    process that writes the metrics has another working directory."""
+    configured = configured or os.environ.get("MLFLOW_TRACKING_URI")
+    if not configured:
+        return f"sqlite:///{storage.absolute()}/mlflow.db"
+    path = configured.removeprefix("sqlite:///")
+    if path != configured:
+        return f"sqlite:///{Path(path).absolute()}"
+    is_path = "://" not in configured and configured != "databricks"
+    return Path(configured).absolute().as_uri() if is_path else configured
+
+
+def build_client(uri: str) -> MlflowClient:
+    """A client of the store at `uri` that gives up on a dead server in seconds, not minutes."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    with _alone(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Hold the lock of a SQLite file: two processes that create its tables at once break each other (mlflow #4123)."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    from filelock import FileLock
+
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):
+        yield
+
+
+# ----------------------------------------------------------------------------------------------- opening, closing
+
+
+def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, command: str) -> str:
+    """Create the run of `plan`, or go on with run `run_id`; return the run's id.
+
+    Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
+    that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
+    Raises RunError where the store cannot be reached or used.
+    """
+    try:
+        client = build_client(uri)
+        run = _find_run(client, run_id) if run_id else None
+        if run is None:
+            run = _create_run(client, uri, plan)
+        client.update_run(run.info.run_id, status="RUNNING")
+        _log_description(client, run, plan, job_yaml=job_yaml, command=command)
+    except Exception as error:  # which one depends on the store: MlflowException, sqlalchemy's, requests', OSError
+        remedy = "start the server or set tracking.uri"
+        if "schema" in str(error) and "upgrade" in str(error):
+            remedy = "run `mlflow db upgrade` on it, after a backup"
+        raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {_first_line(error)}; {remedy}") from error
+    return str(run.info.run_id)
+
+
+def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0) -> bool:
+    """Give the run its terminal status; false, with a line in the log, where the store does not take it in time."""
+    return _persist(lambda: build_client(uri).set_terminated(run_id, status), f"status {status}", timeout_s)
+
+
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str], timeout_s: float = 10.0) -> bool:
+    """Set tags of the run; false, with a line in the log, where the store does not take them in time."""
+    from mlflow.entities import RunTag
+
+    entries = [RunTag(name, redact_text(value)[:_TAG_LENGTH]) for name, value in tags.items()]
+    return _persist(lambda: build_client(uri).log_batch(run_id, tags=entries, synchronous=True), "tags", timeout_s)
+
+
+def log_artifact(uri: str, run_id: str, path: Path, timeout_s: float = 30.0) -> bool:
+    """Copy a file to the run's artifacts as it is; false, with a line in the log, where that fails."""
+    return _persist(lambda: build_client(uri).log_artifact(run_id, str(path)), f"artifact {path.name}", timeout_s)
+
+
+def log_final(uri: str, run_id: str, metrics: Mapping[str, float], step: int, timeout_s: float = 10.0) -> bool:
+    """Log what is known at the end, e.g. the test accuracy; what the run has at this step is not logged again."""
+
+    def log_missing() -> None:
+        client = build_client(uri)
+        present = {metric.key for metric in _latest(client.get_run(run_id)) if metric.step == step}
+        record: Record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": dict(metrics)}
+        missing = [metric for metric in _entities(record) if metric.key not in present]
+        client.log_batch(run_id, metrics=missing, synchronous=True)
+
+    return _persist(log_missing, "final metrics", timeout_s)
+
+
+def _persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            action()
+            return True
+        except Exception as error:
+            if time.monotonic() >= deadline:
+                log.warning("MLflow did not take the %s: %s", what, _first_line(error))
+                return False
+        time.sleep(0.5)
+
+
+def _find_run(client: MlflowClient, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        log.warning("run %s is not in this store any more; a new one takes its place", run_id)
+        return None
+    if run.info.lifecycle_stage == "deleted":
+        log.warning("run %s was deleted; a new one takes its place", run_id)
+        return None
+    return run
+
+
+def _create_run(client: MlflowClient, uri: str, plan: Plan) -> Run:
+    experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
+    return client.create_run(experiment_id, tags={"mlflow.user": _user()}, run_name=plan.job.name)
+
+
+def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifact_root)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another process was faster
+    if experiment is None:
+        raise RunError(f"experiment {name} appeared and vanished again; start once more")
+    if experiment.lifecycle_stage == "deleted":
+        log.warning("experiment %s had been deleted; it is restored for this run", name)
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
+
+
+def _artifact_root(uri: str, job: JobConfig) -> str | None:
+    """Beside the database for SQLite (MLflow's default is `./mlruns`, wherever that is); a server knows its own."""
+    if uri.startswith("sqlite:///"):
+        return str(Path(job.storage).absolute() / "artifacts")
+    return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return f"uid-{os.getuid()}"
+
+
+def _first_line(error: BaseException) -> str:
+    return redact_text(next(iter(str(error).splitlines()), "") or type(error).__name__)
+
+
+# --------------------------------------------------------------------------------------------- what describes a run
+
+
+def _log_description(client: MlflowClient, run: Run, plan: Plan, *, job_yaml: str, command: str) -> None:
+    from mlflow.entities import Param, RunTag
+
+    git = git_state(Path.cwd())
+    # Parameters are immutable in MLflow: what the run has is left alone, also where a resumed job says it differently.
+    params = [Param(key, value) for key, value in parameters(plan).items() if key not in run.data.params]
+    for begin in range(0, len(params), _BATCH_PARAMS):
+        client.log_batch(run.info.run_id, params=params[begin : begin + _BATCH_PARAMS], synchronous=True)
+    tags = {key: value for key, value in _tags(plan, git, command).items() if key not in run.data.tags}
+    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
+    present = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    for name, text in _artifacts(plan, git, job_yaml).items():
+        if name not in present:
+            client.log_text(run.info.run_id, text, name)
+
+
+def parameters(plan: Plan) -> dict[str, str]:
+    """The job flattened to dotted keys, as in an override, and what the plan derived from it under `plan.`.
+
+    Values are written as in YAML; lists stay whole. Within MLflow's limits on length, and without secrets.
+    """
+    batch = plan.batch
+    derived = {"steps": plan.steps, "micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
+    values = redact_values({**plan.job.model_dump(mode="json"), "plan": derived})
+    return {metric_name(key): _value_text(value)[:_PARAM_LENGTH] for key, value in _flatten(values)}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _tags(plan: Plan, git: GitState | None, command: str) -> dict[str, str]:
+    tags = {
+        "mlflow.source.name": "temper",
+        "mlflow.source.type": "LOCAL",
+        "temper.fingerprint": plan.fingerprint,
+        "temper.command": redact_text(command)[:_TAG_LENGTH],
+        "temper.version": temper.__version__,
+    }
+    if git is not None:
+        tags["mlflow.source.git.commit"] = git.commit
+        tags["mlflow.source.git.branch"] = git.branch
+        tags["temper.git.dirty"] = str(git.dirty).lower()
+    return tags
+
+
+def _artifacts(plan: Plan, git: GitState | None, job_yaml: str) -> dict[str, str]:
+    artifacts = {
+        "job.yaml": _redact_yaml(job_yaml),
+        "plan.json": json.dumps(redact_values(plan.to_dict()), indent=2) + "\n",
+        "environment.txt": environment_text(),
+    }
+    if git is not None:
+        artifacts["git.json"] = json.dumps(git.to_dict(), indent=2) + "\n"
+    if git is not None and git.diff:
+        artifacts["git.diff"] = redact_text(git.diff)
+    return artifacts
+
+
+def _redact_yaml(text: str) -> str:
+    """The file as it was written where that is safe; otherwise, as for a secret over several lines, written anew."""
+    values = yaml.safe_load(text)
+    redacted = redact_values(values)
+    return redact_text(text if redacted == values else yaml.safe_dump(redacted, sort_keys=False))
+
+
+# ------------------------------------------------------------------------------------------------- metrics of a run
+
+
+class RunMetrics:
+    """The metrics of one run. Not thread-safe. Every method raises whatever the store raises."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._client = build_client(uri)
+        self._uri = uri
+        self._run_id = run_id
+
+    def last_step(self) -> int:
+        """The last step of which the store has the whole record; 0 for none."""
+        metrics = _latest(self._client.get_run(self._run_id))
+        return max((metric.step for metric in metrics if metric.key == PROGRESS_METRIC), default=0)
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Log whole records, in one request where they have at most 1,000 metrics. Raises RefusedError where the store
+        is well and will not take them; after any other error, only :meth:`last_step` knows what arrived."""
+        from mlflow.exceptions import MlflowException
+
+        metrics = [metric for record in records for metric in _entities(record)]
+        try:
+            for begin in range(0, len(metrics), BATCH_METRICS):
+                self._client.log_batch(self._run_id, metrics=metrics[begin : begin + BATCH_METRICS], synchronous=True)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE" and self._run_is_active():
+                raise RefusedError(_first_line(error)) from error
+            raise
+
+    def _run_is_active(self) -> bool:
+        # Writing to a run that somebody deleted fails with the same code as a bad value, but may be undone.
+        return self._client.get_run(self._run_id).info.lifecycle_stage == "active"
+
+    def watch_system(self) -> SystemMetrics:
+        """Start logging the use of CPU, memory, disk, network and GPUs of this machine to the run."""
+        return SystemMetrics(self._uri, self._run_id)
+
+
+class SystemMetrics:
+    """MLflow's monitor of the machine; ends by itself when the store fails or the run is closed."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            run_id, sampling_interval=_SYSTEM_INTERVAL_S, resume_logging=True, tracking_uri=uri
+        )
+        self._monitor.start()  # type: ignore[no-untyped-call]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still logs."""
+        thread = self._monitor._process
+        return thread is not None and thread.is_alive()
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """End it; waits at most `timeout_s`, because its last request may hang on a dead server."""
+        stopping = threading.Thread(target=self._monitor.finish, daemon=True)
+        stopping.start()
+        stopping.join(timeout_s)
+
+
+def _latest(run: Run) -> list[Metric]:
+    """The latest point of each metric. `run.data.metrics` has the values only; the history would be all points."""
+    return list(run.data._metric_objs)
+
+
+def _entities(record: Record) -> list[Metric]:
+    """The record's metrics with the progress metric last, so that it arrives only if all of them do."""
+    from mlflow.entities import Metric
+
+    names = sorted(record["metrics"], key=lambda name: name == PROGRESS_METRIC)
+    return [
+        Metric(metric_name(name), float(record["metrics"][name]), record["time_ms"], record["step"]) for name in names
+    ]
+
+
+def metric_name(name: str) -> str:
+    """`name` with what MLflow does not allow in names of metrics and parameters replaced, at most 250 characters."""
+    parts = [part for part in re.sub(r"[^\w\-./ :]", "_", name).split("/") if part.strip(".")]
+    return "/".join(parts)[:_KEY_LENGTH].rstrip("/") or "_"
