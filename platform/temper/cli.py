@@ -1,0 +1,180 @@
+"""The command line: reads arguments, calls one function of launch/ or export, prints its result, gives the exit code.
+
+Everything meant for people goes to standard error; with `--json` the last line of standard output is one JSON object.
+Heavy modules are imported by the command that needs them, so that `temper plan` starts without torch and Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from temper import __version__
+from temper.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, TemperError
+
+DESCRIPTION = "temper trains networks well and cheaply on a Ray cluster."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong job or command line, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    try:
+        return int(options.run(options) or EXIT_DONE)
+    except JobError as error:
+        return _refuse(error, options)
+    except TemperError as error:
+        _say(f"temper {options.command}: {error}")
+        _print_json(options, {"status": "failed", "error": str(error)})
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+
+
+def _refuse(error: JobError, options: argparse.Namespace) -> int:
+    count = len(error.problems)
+    _say(f"temper {options.command}: {count} problem{'s' if count != 1 else ''}")
+    for problem in error.problems:
+        _say(f"  {problem}")
+    _print_json(options, {"status": "refused", "problems": [str(problem) for problem in error.problems]})
+    return EXIT_WRONG_JOB
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_json(options: argparse.Namespace, value: Any) -> None:
+    if getattr(options, "json", False):
+        print(json.dumps(value, default=str), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from temper.config.load import job_folder, load_job
+    from temper.plan.build import build_plan
+    from temper.plan.mesh import local_cluster
+    from temper.plan.show import plan_table
+
+    plan = build_plan(load_job(options.job, options.overrides), local_cluster(), job_folder(options.job))
+    _say(plan_table(plan))
+    _print_json(options, plan.to_dict())
+
+
+def _train(options: argparse.Namespace) -> None:
+    from temper.config.load import job_folder, load_job
+    from temper.launch.cluster import check_address
+
+    check_address(options.address)
+    job = load_job(options.job, options.overrides)
+    from temper.launch.train import TrainOptions, launch_train
+
+    how = TrainOptions(options.address, options.fresh, _display_mode(options), _typed("train", options))
+    result = launch_train(job, job_folder(options.job), how)
+    reused = " (every phase reused; --fresh trains again)" if result.status == "reused" else ""
+    _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
+    for name, value in sorted(result.metrics.items()):
+        if name.startswith(("eval/", "test/")):
+            _say(f"  {name:<24} {value:.4f}")
+    _say(f"  checkpoint               {result.checkpoint}")
+    _say(f"  MLflow run               {result.run_id}; look at it with: temper ui --storage {job.storage}")
+    _print_json(options, result.to_dict())
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from temper.export import evaluate_product, find_product
+
+    product = find_product(options.reference, Path(options.storage))
+    metrics = evaluate_product(product, Path.cwd())
+    for name, value in sorted(metrics.items()):
+        _say(f"{name:<24} {value:.4f}")
+    _print_json(options, {"checkpoint": str(product.checkpoint), "metrics": metrics})
+
+
+def _export(options: argparse.Namespace) -> None:
+    from temper.export import export_product, find_product
+
+    product = find_product(options.reference, Path(options.storage), options.phase)
+    result = export_product(product, Path(options.to), Path.cwd())
+    _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors")
+    _print_json(options, result)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from temper.tracking.mlflow_store import storage_uri
+    from temper.tracking.ui import serve_ui
+
+    return serve_ui(storage_uri(Path(options.storage)), port=options.port, open_browser=not options.no_browser)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from temper.launch.doctor import examine, show_findings
+
+    findings = examine(Path(options.storage))
+    _say(show_findings(findings))
+    _print_json(options, {"findings": [finding.to_dict() for finding in findings]})
+    return int(any(finding.level == "fault" for finding in findings))
+
+
+def _display_mode(options: argparse.Namespace) -> Any:
+    return "live" if sys.stderr.isatty() and not options.json else "plain"
+
+
+def _typed(command: str, options: argparse.Namespace) -> str:
+    """The command that repeats this run."""
+    return shlex.join(["temper", command, options.job, *options.overrides])
+
+
+# --------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="temper", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"temper {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_job_command(commands, "plan", _plan, "what will happen, and what it costs")
+    train = _add_job_command(commands, "train", _train, "train a job; reuses what is finished, resumes what was broken")
+    train.add_argument("--address", default="local", help="local (an embedded Ray), auto, HOST:PORT or ray://…")
+    train.add_argument("--fresh", action="store_true", help="forget what was computed for this job and train it again")
+    evaluate = _add_command(commands, "eval", _eval, "evaluate a run or checkpoint on its job's test split")
+    export = _add_command(commands, "export", _export, "write a run's model for plain PyTorch")
+    for command in (evaluate, export):
+        command.add_argument("reference", metavar="RUN|CHECKPOINT", help="MLflow run id, or a folder")
+    export.add_argument("--phase", help="a phase of the run; default: the last")
+    export.add_argument("--to", required=True, metavar="DIR", help="folder for model.safetensors, job.yaml, README.md")
+    ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--no-browser", action="store_true", help="only serve")
+    doctor = _add_command(commands, "doctor", _doctor, "check this machine and name each fault with its remedy")
+    for command in (evaluate, export, ui, doctor):
+        command.add_argument("--storage", default="./runs", help="where the runs are (default: ./runs)")
+    return parser
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_job_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
+) -> argparse.ArgumentParser:
+    parser = _add_command(commands, name, run, help)
+    parser.add_argument("job", metavar="JOB", help="a job file, e.g. jobs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.workers=4")
+    return parser

@@ -1,0 +1,44 @@
+"""Evaluation of a model on a split: exact for any number of ranks, no example counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from temper.data.batches import Batch
+from temper.engine.base import LossFunction
+from temper.metrics import logits_of
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+def evaluate(
+    predict: Callable[[Tensor], Any],
+    batches: Iterator[tuple[Batch, int]],
+    loss: LossFunction,
+    metrics: MetricCollection,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss and metrics over the split whose share `batches` gives this rank.
+
+    Collective: every rank must be given equally many batches. A batch's `int` counts its valid leading rows.
+    """
+    metrics.reset()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch, num_valid in batches:
+        outputs = logits_of(predict(batch.inputs)).float()[:num_valid]
+        targets = batch.targets.to(device)[:num_valid]
+        if num_valid == 0:
+            continue
+        terms = loss(outputs, targets)
+        totals += torch.tensor([sum(float(value) for value in terms.values()) * num_valid, num_valid], device=device)
+        metrics.update(outputs, targets)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    return {"loss": float(totals[0] / totals[1]), **values}

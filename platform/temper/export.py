@@ -1,0 +1,166 @@
+"""From a run or checkpoint back to a model: evaluate it, or write it out for plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from temper.checkpoint import CheckpointReader, check_checkpoint, list_checkpoints, model_state
+from temper.config.load import load_job
+from temper.config.schema import JobConfig
+from temper.data.batches import eval_batches
+from temper.data.sources import load_split
+from temper.errors import CheckpointError, JobError, Problem
+from temper.evaluation import evaluate
+from temper.files import read_json
+from temper.losses import build_loss
+from temper.metrics import build_metrics
+from temper.models.build import build_model
+from temper.plan.facts import DataFacts, data_facts
+from temper.run_folder import CHECKPOINTS, JOB, PHASE_MANIFEST, PLAN, RUN
+from temper.targets import apply_target_folders
+
+
+@dataclass(frozen=True)
+class Product:
+    """A checkpoint together with the job that it came from."""
+
+    job: JobConfig
+    phase: str
+    fingerprint: str
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+def find_product(reference: str, storage: Path, phase: str | None = None) -> Product:
+    """What `RUN|CHECKPOINT` means: an MLflow run id, or the folder of a run, a phase or a checkpoint.
+
+    Raises:
+        JobError: there is no such thing, or the run has no such phase.
+        CheckpointError: its checkpoint is missing or damaged.
+    """
+    folder = _find_folder(reference, storage)
+    if folder.parent.name == CHECKPOINTS:
+        return _product(folder.parent.parent, folder)
+    plan = read_json(folder / PLAN)
+    if plan is None:
+        rule = "is neither a run, nor a phase, nor a checkpoint"
+        remedy = "give a run's id or folder, or a checkpoint's folder"
+        raise JobError([Problem("RUN|CHECKPOINT", reference, rule, remedy)])
+    phases = {item["name"]: item["fingerprint"] for item in plan["phases"]}
+    name = phase or list(phases)[-1]
+    if name not in phases:
+        raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
+    phase_folder = folder if folder.name in phases.values() else folder.parent / "phases" / phases[name]
+    return _product(phase_folder, None)
+
+
+def _find_folder(reference: str, storage: Path) -> Path:
+    if Path(reference).is_dir():
+        return Path(reference).absolute()
+    for record in sorted(storage.glob(f"*/{RUN}")):
+        if (read_json(record) or {}).get("run_id") == reference:
+            return record.parent.absolute()
+    rule = f"is no folder, and no run in {storage} has this id"
+    raise JobError([Problem("RUN|CHECKPOINT", reference, rule, "name the storage of the run with --storage")])
+
+
+def _product(phase_folder: Path, folder: Path | None) -> Product:
+    manifest = read_json(phase_folder / PHASE_MANIFEST) or {}
+    plan = read_json(phase_folder / PLAN)
+    if plan is None:
+        raise CheckpointError(f"{phase_folder}: {PLAN} is missing, so it is unknown which job this phase belongs to")
+    if folder is None:
+        complete = list_checkpoints(phase_folder / CHECKPOINTS)
+        if not complete:
+            raise CheckpointError(f"{phase_folder / CHECKPOINTS}: no complete checkpoint yet")
+        folder = phase_folder / manifest["checkpoint"] if manifest else complete[-1]
+    problem = check_checkpoint(folder)
+    if problem is not None:
+        raise CheckpointError(problem)
+    name = next(item["name"] for item in plan["phases"] if item["fingerprint"] == phase_folder.name)
+    records = CheckpointReader(folder).records()
+    metrics = records[-1]["metrics"] if records else {}
+    return Product(load_job(phase_folder / JOB), name, phase_folder.name, folder, metrics)
+
+
+def load_model(product: Product, job_folder: Path) -> tuple[nn.Module, DataFacts]:
+    """The product's model with its full fp32 weights, in evaluation mode, on the CPU."""
+    apply_target_folders([Path.cwd(), job_folder])
+    facts = data_facts(product.job.data, job_folder)
+    model = build_model(product.job.model, facts, product.job.seed)
+    state = model_state(CheckpointReader(product.checkpoint))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(missing) - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(f"{product.checkpoint}: is not of this model; missing {missing}, unexpected {unexpected}")
+    return model.eval(), facts
+
+
+def evaluate_product(product: Product, job_folder: Path) -> dict[str, float]:
+    """Loss and metrics on the job's test split, in one process, in fp32."""
+    model, facts = load_model(product, job_folder)
+    job = product.job
+    split = load_split(job.data, "test", Path(job.storage), facts)
+    batches = eval_batches(job.data, split, facts, rank=0, world_size=1, batch=job.evaluation.batch)
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        values = evaluate(model, batches, build_loss(job.loss), build_metrics(job.evaluation, facts, device), device)
+    return {f"test/{name}": value for name, value in values.items()}
+
+
+def export_product(product: Product, to: Path, job_folder: Path) -> dict[str, Any]:
+    """Writes `model.safetensors`, `job.yaml` and the model card `README.md` into `to`, each whole or not at all."""
+    model, facts = load_model(product, job_folder)
+    to.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = to / f".model.{os.getpid()}.safetensors"
+    save_file(weights, temporary, metadata={"format": "pt", "temper.fingerprint": product.fingerprint})
+    os.replace(temporary, to / "model.safetensors")
+    (to / JOB).write_text((product.checkpoint.parent.parent / JOB).read_text())
+    (to / "README.md").write_text(_model_card(product, facts, model))
+    num_parameters = sum(param.numel() for param in model.parameters())
+    return {"folder": str(to), "parameters": num_parameters, "tensors": len(weights), "metrics": product.metrics}
+
+
+def _model_card(product: Product, facts: DataFacts, model: nn.Module) -> str:
+    job = product.job
+    metrics = {name: value for name, value in product.metrics.items() if name.startswith(("eval/", "test/"))}
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
+    section = json.dumps(job.model.model_dump(mode="json", exclude_none=True))
+    return f"""# {job.name}
+
+Trained by temper: phase `{product.phase}`, {product.checkpoint.name}, seed {job.seed}.
+
+| metric | value |
+|---|---|
+{rows}
+
+* data: {job.data.kind}, {facts.train_examples} training examples of shape {list(facts.shape)}; inputs are scaled
+  to 0…1, then normalised with mean {list(facts.mean)} and standard deviation {list(facts.std)}
+* model: `{section}`, {facts.num_classes} classes, {sum(param.numel() for param in model.parameters()):,} parameters
+* precision of training: {job.precision.dtype}; the weights in `model.safetensors` are the fp32 masters
+* fingerprint of the phase: `{product.fingerprint}`; `temper train job.yaml` repeats it
+
+## Use in plain PyTorch
+
+```python
+from safetensors.torch import load_file
+
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()
+```
+
+where `model` is
+
+```
+{model}
+```
+"""

@@ -1,0 +1,94 @@
+"""Ray as temper uses it: an embedded one that dies with the command, or a cluster that is already running."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from temper.errors import JobError, Problem, RunError
+from temper.plan.mesh import ClusterShape, local_cluster
+
+# Read by Ray when it is imported, in the driver and in what it starts.
+RAY_ENVIRONMENT = {
+    # Ray otherwise hides all GPUs from processes that asked for none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The controller looks for reports and dead workers this often; a report waits for the look before it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # Paths in a job are relative to where the command was typed.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# An embedded Ray has no nodes that could be taken away.
+EMBEDDED_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
+def check_address(address: str) -> None:
+    """Raises JobError for an address that no Ray understands."""
+    if address in ("local", "auto") or address.startswith("ray://") or _is_host_port(address):
+        return
+    raise JobError([Problem("--address", address, "is not an address of Ray", "use local, auto, HOST:PORT or ray://…")])
+
+
+def _is_host_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdigit()
+
+
+@contextmanager
+def ray_session(address: str, logs: Path) -> Iterator[None]:
+    """Connects to `address`, or starts an embedded Ray for `local`; disconnects, or stops it, at the end.
+
+    Raises:
+        RunError: there is no Ray at the address.
+    """
+    os.environ.update({**os.environ, **RAY_ENVIRONMENT})
+    if address == "local":
+        os.environ.update(EMBEDDED_ENVIRONMENT)
+    import ray
+
+    try:
+        _connect(ray, address)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        remedy = "start one with `ray start --head`, or use --address local"
+        raise RunError(f"no Ray at {address}: {error}; {remedy}") from error
+    try:
+        _link_logs(ray, logs)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address == "local":
+        # `address="local"`: a plain init would join any Ray that happens to run on this machine.
+        ray.init(address="local", num_cpus=os.cpu_count() or 1, include_dashboard=False, **quiet)
+    else:
+        ray.init(address=address, **quiet)
+
+
+def _link_logs(ray: Any, logs: Path) -> None:
+    """Points `logs/ray` at the session's own logs, which Ray keeps outside the run's folder."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    link = logs / "ray"
+    link.unlink(missing_ok=True)
+    link.symlink_to(node.get_logs_dir_path())
+
+
+def cluster_shape(address: str) -> ClusterShape:
+    """CPUs and GPUs of this machine for `local`, of the running cluster otherwise. Needs a session for the latter."""
+    if address == "local":
+        return local_cluster()
+    import ray
+
+    resources = ray.cluster_resources()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    return ClusterShape(nodes=nodes, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))

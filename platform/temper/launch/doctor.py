@@ -1,0 +1,246 @@
+"""`temper doctor`: looks for what makes runs fail or hang, and names each fault with its remedy.
+
+A check is a function that returns findings; none of them changes anything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.version import Version
+
+from temper.tracking.mlflow_store import storage_uri
+from temper.tracking.redact import redact_text
+
+Level = Literal["ok", "warning", "fault"]
+
+_STALE_LOCK_S = 600.0
+_LARGE_WORKING_FOLDER = 100 * 2**20
+_LITTLE_SPACE = 2 * 2**30
+# Ray keeps its objects in /dev/shm; with less it falls back to the disk.
+_LITTLE_SHARED_MEMORY = 512 * 2**20
+# Not sent along by `ray job submit`: Ray leaves out what .gitignore names.
+_NOT_TRAVELLING = {
+    ".git",
+    ".venv",
+    "runs",
+    "__pycache__",
+    "node_modules",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; `remedy` is empty where nothing need be done."""
+
+    check: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class VersionRange:
+    """Versions `[lowest, below)` are tested; `known_bad` says what others do."""
+
+    lowest: str
+    below: str
+    known_bad: str
+
+
+VERSIONS: dict[str, VersionRange] = {
+    "torch": VersionRange(
+        "2.13", "2.14", "DeepSpeed's hooks and torchvision's operators are tied to the minor version"
+    ),
+    "ray": VersionRange("2.60", "2.61", "Ray Train's callbacks and controller change between minor versions"),
+    "deepspeed": VersionRange("0.19.3", "0.20", "before 0.19.3 a pipeline's accumulated gradients are wrong"),
+    "mlflow": VersionRange("3.17", "4", "before 3.17 system metrics read the whole history when a run resumes"),
+}
+
+
+def examine(storage: Path) -> list[Finding]:
+    """All findings for this machine, with runs in `storage`."""
+    return [finding for check in CHECKS for finding in check(storage)]
+
+
+def _check_python(storage: Path) -> Iterator[Finding]:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        yield Finding("python", "ok", found)
+    else:
+        yield Finding("python", "fault", f"{found}; temper runs on 3.11 and 3.12", "make install PYTHON=python3.11")
+
+
+def _check_versions(storage: Path) -> Iterator[Finding]:
+    for name, wanted in VERSIONS.items():
+        try:
+            found = Version(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "fault", "not installed", "make install")
+            continue
+        if Version(wanted.lowest) <= found < Version(wanted.below):
+            yield Finding(name, "ok", str(found))
+        else:
+            text = f"{found} is outside {wanted.lowest} … {wanted.below}: {wanted.known_bad}"
+            yield Finding(name, "fault", text, "pip install -c constraints.txt -e .")
+
+
+def _check_ray_parts(storage: Path) -> Iterator[Finding]:
+    if util.find_spec("aiohttp_cors") is None or util.find_spec("opencensus") is None:
+        text = "Ray without its `default` extra: a stopped trial keeps its placement group, and a sweep hangs"
+        yield Finding("ray[default]", "fault", text, "pip install -c constraints.txt 'ray[default,train,tune]'")
+    else:
+        yield Finding("ray[default]", "ok", "the dashboard's State API is there")
+
+
+def _check_gpu(storage: Path) -> Iterator[Finding]:
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version").is_file()
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        yield Finding("gpu", "ok", f"{torch.cuda.device_count()} × {', '.join(sorted(names))}")
+    elif driver:
+        text = f"an NVIDIA driver, but torch {torch.__version__} sees no GPU"
+        yield Finding("gpu", "fault", text, "install the CUDA build of torch, or a driver that it supports")
+    else:
+        yield Finding("gpu", "ok", "none; jobs run on the CPU")
+
+
+def _check_jit_locks(storage: Path) -> Iterator[Finding]:
+    configured = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(configured) if configured else Path.home() / ".cache" / "torch_extensions"
+    stale = [lock for lock in folder.glob("**/lock") if time.time() - lock.stat().st_mtime > _STALE_LOCK_S]
+    for lock in stale:
+        text = f"{lock}: left by a compilation that was killed; every later one waits for it without a word"
+        yield Finding("jit lock", "fault", text, f"rm {lock}")
+    if not stale:
+        yield Finding("jit lock", "ok", f"none left behind in {folder}")
+
+
+def _check_storage(storage: Path) -> Iterator[Finding]:
+    existing = next(path for path in (storage.absolute(), *storage.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".temper-doctor-") as folder:
+            first, second = Path(folder) / "a", Path(folder) / "b"
+            with first.open("w") as file:
+                file.write("x")
+                os.fsync(file.fileno())
+            second.write_text("y")
+            os.replace(first, second)
+            intact = second.read_text() == "x"
+    except OSError as error:
+        yield Finding("storage", "fault", f"{existing}: {error}", "choose another folder with storage=…")
+        return
+    if not intact:
+        text = f"{existing}: a rename did not replace its target; checkpoints need that"
+        yield Finding("storage", "fault", text, "choose a local or NFS folder with storage=…")
+        return
+    free = shutil.disk_usage(existing).free
+    level: Level = "ok" if free > _LITTLE_SPACE else "warning"
+    remedy = "" if level == "ok" else "free some space: a checkpoint holds weights and optimizer state"
+    yield Finding("storage", level, f"{existing}: written, synced, renamed; {_bytes(free)} free", remedy)
+
+
+def _check_tracking(storage: Path) -> Iterator[Finding]:
+    uri = storage_uri(storage)
+    try:
+        if uri.startswith("sqlite:///"):
+            yield Finding("tracking", "ok", _sqlite_state(Path(uri.removeprefix("sqlite:///"))))
+        elif uri.startswith(("http://", "https://")):
+            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
+                yield Finding("tracking", "ok", f"{redact_text(uri)} answers {answer.status}")
+        else:
+            yield Finding("tracking", "ok", f"{redact_text(uri)} (not contacted)")
+    except (OSError, urllib.error.URLError, sqlite3.Error) as error:
+        remedy = "start the server, or unset MLFLOW_TRACKING_URI to use SQLite in the storage"
+        yield Finding("tracking", "fault", f"{redact_text(uri)}: {error}", remedy)
+
+
+def _sqlite_state(path: Path) -> str:
+    if not path.exists():
+        return f"{path} will be made by the first run"
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as database:
+        runs = database.execute("select count(*) from runs").fetchone()[0]
+    return f"{path}: {runs} runs"
+
+
+def _check_working_folder(storage: Path) -> Iterator[Finding]:
+    sizes = {entry.name: _size(entry) for entry in Path.cwd().iterdir() if entry.name not in _NOT_TRAVELLING}
+    total = sum(sizes.values())
+    if total <= _LARGE_WORKING_FOLDER:
+        yield Finding("working folder", "ok", f"{_bytes(total)}; it travels with a submitted job")
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    text = f"{_bytes(total)}, and all of it travels with a submitted job; largest: {', '.join(largest)}"
+    yield Finding("working folder", "warning", text, "move data elsewhere, or name it in .gitignore")
+
+
+def _size(path: Path) -> int:
+    if path.is_symlink():
+        return 0
+    if path.is_file():
+        return path.stat().st_size
+    return sum(_size(entry) for entry in path.iterdir() if entry.name not in _NOT_TRAVELLING)
+
+
+def _check_shared_memory(storage: Path) -> Iterator[Finding]:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    size = shutil.disk_usage(folder).total
+    if size >= _LITTLE_SHARED_MEMORY:
+        yield Finding("shared memory", "ok", _bytes(size))
+    else:
+        text = f"/dev/shm has {_bytes(size)}; Ray keeps its objects there and falls back to the disk"
+        yield Finding("shared memory", "warning", text, "in a container: --shm-size=2g")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+CHECKS: tuple[Callable[[Path], Iterator[Finding]], ...] = (
+    _check_python,
+    _check_versions,
+    _check_ray_parts,
+    _check_gpu,
+    _check_jit_locks,
+    _check_storage,
+    _check_tracking,
+    _check_working_folder,
+    _check_shared_memory,
+)
+
+
+def show_findings(findings: list[Finding]) -> str:
+    """The findings as lines for people, faults last, where they are read."""
+    order: dict[Any, int] = {"ok": 0, "warning": 1, "fault": 2}
+    marks = {"ok": "ok     ", "warning": "warning", "fault": "FAULT  "}
+    lines = []
+    for finding in sorted(findings, key=lambda item: order[item.level]):
+        remedy = f"\n         → {finding.remedy}" if finding.remedy else ""
+        lines.append(f"{marks[finding.level]}  {finding.check}: {finding.text}{remedy}")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""Brings a user's own files into the storage through Ray Data, once for all jobs that use them.
+
+The result is `<storage>/data/<fingerprint>/<split>/part-….arrow` and, written last, `manifest.json`: without it the
+data are not there. The data folder and the storage must be reachable from every node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from temper.config.schema import DataConfig, ImageFolderData, ParquetData, WebDatasetData
+from temper.data.store import MANIFEST, plan_parts, store_folder, write_part
+from temper.errors import JobError, Problem
+from temper.plan.facts import DataFacts
+from temper.plan.user_files import SPLITS, FileData
+
+_SHOWN_PROBLEMS = 10
+
+
+def ingest(config: DataConfig, facts: DataFacts, storage: Path) -> None:
+    """Ingest the job's data unless that has been done; built-in sets and a user's functions need none.
+
+    Needs a Ray to be connected. Another driver that ingests the same data is waited for. Raises JobError that names the
+    examples that are no images or have no valid label.
+    """
+    if not isinstance(config, ImageFolderData | ParquetData | WebDatasetData):
+        return
+    folder = store_folder(storage, facts)
+    if (folder / MANIFEST).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock dies with its holder; parts that a killed driver left behind are written again.
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / MANIFEST).is_file():
+            _write_manifest(folder, facts, _write_parts(config, facts, folder))
+
+
+def _write_parts(config: FileData, facts: DataFacts, folder: Path) -> list[dict[str, Any]]:
+    import ray.data
+
+    parts = plan_parts(config, Path(facts.folder), folder.absolute())
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    work = ray.data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
+    results: list[dict[str, Any]] = work.map(
+        partial(_write, config=config, num_classes=facts.num_classes or 0)
+    ).take_all()
+    problems = sorted(result["problem"] for result in results if result["problem"])
+    if problems:
+        remedy = "mend or remove them"
+        raise JobError([Problem("data.path", config.path, problem, remedy) for problem in problems[:_SHOWN_PROBLEMS]])
+    # Ray returns parts in the order in which they were finished.
+    return sorted(results, key=lambda result: (result["split"], result["name"]))
+
+
+def _write(row: dict[str, Any], config: FileData, num_classes: int) -> dict[str, Any]:
+    return write_part(json.loads(row["part"]), config, num_classes)
+
+
+def _write_manifest(folder: Path, facts: DataFacts, results: list[dict[str, Any]]) -> None:
+    splits = {
+        split: {
+            "rows": sum(result["rows"] for result in results if result["split"] == split),
+            "files": [
+                {"name": result["name"], "rows": result["rows"], "size": result["size"]}
+                for result in results
+                if result["split"] == split
+            ],
+        }
+        for split in SPLITS
+    }
+    _check_rows(splits, facts)
+    unfinished = folder / f".{MANIFEST}.{os.getpid()}"
+    unfinished.write_text(json.dumps({"fingerprint": facts.fingerprint, "splits": splits}, indent=1))
+    unfinished.replace(folder / MANIFEST)
+
+
+def _check_rows(splits: dict[str, Any], facts: DataFacts) -> None:
+    planned = {"train": facts.train_examples + facts.validation_examples, "test": facts.test_examples}
+    for split, count in planned.items():
+        if splits[split]["rows"] != count:
+            rule = (
+                f"changed while it was read: {count} examples were planned in `{split}`, {splits[split]['rows']} found"
+            )
+            raise JobError([Problem("data.path", facts.folder, rule, "run the job again")])

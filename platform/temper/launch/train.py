@@ -1,0 +1,315 @@
+"""`temper train`: plan → Ray Train workers → tracked result; resumes a broken run, reuses a finished one.
+
+The run's folder is an interface: `job.yaml`, `plan.json`, `run.json` (the MLflow run), `stages.jsonl`,
+`failures.jsonl`, `logs/`. What was computed lies in the phase store, `<storage>/phases/<fingerprint>/`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from temper.config.load import job_to_yaml
+from temper.config.schema import JobConfig
+from temper.errors import RunError, TemperError
+from temper.files import read_json, read_lines, write_json
+from temper.launch.claim import claimed
+from temper.launch.cluster import cluster_shape, ray_session
+from temper.launch.ingest import ingest
+from temper.plan.build import Plan, build_plan
+from temper.plan.phases import PhasePlan
+from temper.run_folder import (
+    FAILURES,
+    HISTORY,
+    JOB,
+    PHASE_MANIFEST,
+    PLAN,
+    RUN,
+    STAGES,
+    STOP,
+    WorkerSpec,
+)
+from temper.tracking.callback import TrackingTarget, build_callbacks
+from temper.tracking.delivery import replay
+from temper.tracking.history import HistoryTail
+from temper.tracking.mlflow_store import RunStatus, close_run, open_run, tracking_uri
+from temper.tracking.progress import Display, DisplayMode, build_display
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to run a job; nothing here changes its result."""
+
+    address: str = "local"
+    fresh: bool = False
+    display: DisplayMode = "plain"
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    name: str
+    fingerprint: str
+    steps: int
+    reused: bool
+    seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `temper train --json` prints. `seconds` is the whole command's time; a phase's is its training alone."""
+
+    run_id: str
+    experiment: str
+    status: str
+    seconds: float
+    checkpoint: str
+    metrics: dict[str, float]
+    phases: list[PhaseResult] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RunInterrupted(TemperError):
+    """The user stopped the run; its state is saved and the same command goes on from it."""
+
+    exit_code = 130
+
+
+def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> TrainResult:
+    """Trains `job` and returns its result.
+
+    Raises:
+        JobError: the job cannot be planned on this cluster.
+        RunError: the run failed; what it reached is saved.
+        RunInterrupted: SIGINT or SIGTERM; what it reached is saved.
+    """
+    started = time.perf_counter()
+    job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
+    with ExitStack() as stack:
+        if options.address != "local":
+            stack.enter_context(ray_session(options.address, Path(job.storage) / "logs"))
+        plan = build_plan(job, cluster_shape(options.address), job_folder)
+        stack.enter_context(claimed(plan.run_folder / "lock", f"{job.name} ({plan.run_folder.name})"))
+        if options.fresh:
+            _forget(plan)
+        phase = plan.phases[0]
+        reused = read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
+        if not reused:
+            _run(plan, phase, job_folder, options, stack)
+        return _result(plan, reused, time.perf_counter() - started)
+
+
+def _forget(plan: Plan) -> None:
+    """`--fresh`: removes what was computed for this job, so that all of it is computed again in a new MLflow run."""
+    for phase in plan.phases:
+        shutil.rmtree(plan.phase_folder(phase), ignore_errors=True)
+    (plan.run_folder / RUN).unlink(missing_ok=True)
+
+
+def _result(plan: Plan, reused: bool, seconds: float) -> TrainResult:
+    phase = plan.phases[0]
+    folder = plan.phase_folder(phase)
+    manifest = read_json(folder / PHASE_MANIFEST)
+    if manifest is None:
+        raise RunError(f"the run ended without completing {phase.name}; see {plan.run_folder / 'logs'}")
+    run = read_json(plan.run_folder / RUN) or {}
+    result = PhaseResult(
+        phase.name, phase.fingerprint, manifest["steps"], reused, manifest["seconds"], manifest["metrics"]
+    )
+    return TrainResult(
+        run_id=run.get("run_id", ""),
+        experiment=plan.job.tracking.experiment,
+        status="reused" if reused else "finished",
+        seconds=seconds,
+        checkpoint=str(folder / manifest["checkpoint"]),
+        metrics=manifest["metrics"],
+        phases=[result],
+    )
+
+
+def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
+    """Everything between the plan and the phase's manifest."""
+    _prepare_folder(plan)
+    display = stack.enter_context(_display(options.display, plan))
+    display.stage("starting Ray")
+    uri = tracking_uri(plan.job)
+    with ThreadPoolExecutor(1) as background:
+        # A new MLflow database takes seconds to create, and so does Ray's start: side by side.
+        opening = background.submit(_open_run, uri, plan, options.command)
+        if options.address == "local":
+            stack.enter_context(ray_session("local", plan.run_folder / "logs"))
+        run_id = opening.result()
+    ingest(plan.job.data, plan.data, Path(plan.job.storage))
+    spec = WorkerSpec(plan, phase, _import_folders(job_folder))
+    display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
+    status: RunStatus = "FAILED"
+    try:
+        with _stop_on_signal(plan.run_folder / STOP, display) as stop:
+            _fit(spec, uri, run_id, display)
+        if stop.is_set() and not (spec.phase_folder / PHASE_MANIFEST).exists():
+            status = "KILLED"
+            raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
+        status = "FINISHED"
+    finally:
+        _settle(uri, run_id, spec, status, display)
+
+
+def _prepare_folder(plan: Plan) -> None:
+    folder = plan.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (STOP, STAGES, FAILURES):
+        (folder / name).unlink(missing_ok=True)
+    for place in (folder, *(plan.phase_folder(phase) for phase in plan.phases)):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / JOB).write_text(job_to_yaml(plan.job))
+        write_json(place / PLAN, plan.to_dict())
+
+
+@contextmanager
+def _display(mode: DisplayMode, plan: Plan) -> Iterator[Display]:
+    display = build_display(mode, plan)
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+def _open_run(uri: str, plan: Plan, command: str) -> str:
+    """The MLflow run of this run folder: a new one, or the one that a broken attempt left."""
+    record = plan.run_folder / RUN
+    known = read_json(record) or {}
+    run_id = known.get("run_id") if known.get("uri") == uri else None
+    run_id = open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command)
+    write_json(record, {"run_id": run_id, "uri": uri, "fingerprint": plan.fingerprint})
+    return run_id
+
+
+def _import_folders(job_folder: Path) -> tuple[str, ...]:
+    return (os.getcwd(), str(job_folder.absolute()))
+
+
+@contextmanager
+def _stop_on_signal(stop_file: Path, display: Display) -> Iterator[threading.Event]:
+    """Turns the first SIGINT or SIGTERM into a request that the workers meet at their next report; a second ends."""
+    requested = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+        stop_file.touch()
+        display.note("stopping at the next report, with the state saved; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fit(spec: WorkerSpec, uri: str, run_id: str, display: Display) -> None:
+    """Runs the trainer beside this thread, which shows what comes in."""
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _build_trainer(spec, uri, run_id).fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    history, num_stages = HistoryTail(spec.phase_folder / HISTORY), 0
+    thread.start()
+    while True:
+        running = thread.is_alive()
+        stages = read_lines(spec.run_folder / STAGES)
+        for stage in stages[num_stages:]:
+            display.stage(stage["text"])
+        num_stages = len(stages)
+        display.records(history.poll())
+        if not running:
+            break
+        time.sleep(POLL_S)
+    if outcome:
+        raise RunError(_failure_text(spec.run_folder, outcome[0])) from outcome[0]
+
+
+def _failure_text(run_folder: Path, error: BaseException) -> str:
+    logs = run_folder / "logs"
+    failures = read_lines(run_folder / FAILURES)
+    if not failures:
+        return f"{type(error).__name__}: {error}; the workers' logs are in {logs}"
+    last = failures[-1]
+    return f"rank {last['rank']}: {last['type']}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
+
+
+def _build_trainer(spec: WorkerSpec, uri: str, run_id: str) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    parallel, on_gpu = spec.plan.job.parallel, spec.plan.mesh.device == "cuda"
+    resources = {"CPU": parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    return TorchTrainer(
+        _train_loop,
+        train_loop_config={"spec": spec},
+        scaling_config=ScalingConfig(
+            num_workers=spec.plan.mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(spec.run_folder / "ray"),
+            failure_config=FailureConfig(max_failures=parallel.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=build_callbacks(
+                TrackingTarget(
+                    uri=uri,
+                    run_id=run_id,
+                    history_path=str(spec.phase_folder / HISTORY),
+                    failures_path=str(spec.run_folder / FAILURES),
+                    system_metrics=spec.plan.job.tracking.system_metrics,
+                )
+            ),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker."""
+    import ray.train
+
+    from temper.loop import Interrupted
+    from temper.worker import work
+
+    try:
+        work(config["spec"], lambda records: ray.train.report({"records": records}))
+    except Interrupted:
+        # The state is saved. To raise would make Ray start the workers again.
+        return
+
+
+def _settle(uri: str, run_id: str, spec: WorkerSpec, status: RunStatus, display: Display) -> None:
+    """Completes what MLflow knows and gives the run its terminal status. A dead server must not hide the result."""
+    delivered = replay(uri, run_id, spec.phase_folder / HISTORY)
+    if not (close_run(uri, run_id, status) and delivered):
+        display.note("MLflow did not take the end of this run; the next `temper train` of this job delivers it")

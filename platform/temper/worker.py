@@ -1,0 +1,205 @@
+"""What runs in each Ray Train worker: builds every part of a phase by name, wires them, calls the loop.
+
+Ray is not imported here; the one thing that a worker needs of it, the report call, is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from temper import checkpoint
+from temper.data.batches import Batch, DataState, eval_batches, train_batches
+from temper.data.sources import SplitName, load_split
+from temper.engine.base import EngineState, LossFunction
+from temper.engine.deepspeed_engine import DeepSpeedEngine
+from temper.engine.deepspeed_setup import prepare
+from temper.evaluation import evaluate
+from temper.files import write_json
+from temper.loop import Calendar, Record, Reporter, TrainState, train
+from temper.losses import build_loss
+from temper.metrics import build_metrics
+from temper.models.build import build_model
+from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, WorkerSpec
+from temper.schedules import build_schedule
+from temper.targets import apply_target_folders
+
+
+def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
+    """Trains one phase on this rank, resuming from its newest sound checkpoint. Collective over all workers."""
+    rank = dist.get_rank()
+    _redirect_output(spec.run_folder / "logs" / f"rank-{rank}.log")
+    apply_target_folders([Path(folder) for folder in spec.import_folders])
+    stage = _stage_writer(spec.run_folder, rank)
+    stage(f"loading {spec.plan.job.data.kind}")
+    prepare(spec.plan.mesh.device)
+    _Worker(spec, rank, stage).run(report)
+
+
+class _Worker:
+    """The parts of one rank, built once."""
+
+    def __init__(self, spec: WorkerSpec, rank: int, stage: Callable[[str], None]) -> None:
+        plan = self.plan = spec.plan
+        job = plan.job
+        self.spec, self.rank, self.stage = spec, rank, stage
+        self.world_size = plan.mesh.world_size
+        storage = Path(job.storage)
+        names: tuple[SplitName, ...] = ("train", "validation", "test") if job.data.holdout else ("train", "test")
+        self.splits = {name: load_split(job.data, name, storage, plan.data) for name in names}
+        stage(f"building {job.model.kind}")
+        self.loss: LossFunction = build_loss(job.loss)
+        model = build_model(job.model, plan.data, job.seed)
+        self.engine = DeepSpeedEngine(model, self.loss, job, plan.batch, plan.mesh, spec.phase.deepspeed)
+        self.metrics = build_metrics(job.evaluation, plan.data, self.engine.device)
+
+    def run(self, report: Callable[[list[Record]], None]) -> None:
+        job, plan, phase = self.plan.job, self.plan, self.spec.phase
+        state, records = self._restore()
+        report(records if self.rank == 0 else [])
+        reporter = Reporter(
+            report,
+            (self.spec.run_folder / STOP).exists,
+            first_step=state.step,
+            rank=self.rank,
+            world_size=self.world_size,
+            global_batch=plan.batch.global_batch,
+            record_every=job.tracking.record_every,
+            device=self.engine.device,
+        )
+        factor = build_schedule(job.optimizer.schedule, phase.steps)
+        self.stage("training" if state.step == 0 else f"training from step {state.step}")
+        state = train(
+            self.engine,
+            self._train_batches(state.step),
+            state,
+            calendar=Calendar(phase.steps, job.budget.evaluate_every, job.budget.checkpoint_every),
+            lr_at=lambda applied: job.optimizer.lr * factor(applied),
+            seed=job.seed,
+            rank=self.rank,
+            reporter=reporter,
+            evaluate=self._evaluate,
+            save=lambda reached: self._save(reached, reporter.take_segment()),
+        )
+        self._finish(state)
+
+    def _train_batches(self, first_step: int) -> Iterator[tuple[Batch, DataState]]:
+        plan = self.plan
+        return train_batches(
+            plan.job.data,
+            self.splits["train"],
+            plan.data,
+            seed=plan.job.seed,
+            batch=plan.batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            first_step=first_step,
+            last_step=self.spec.phase.steps,
+        )
+
+    def _evaluate(self, step: int) -> Mapping[str, float]:
+        """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end."""
+        held_out = self.plan.data.validation_examples > 0
+        values = {f"eval/{key}": value for key, value in self._on("validation" if held_out else "test").items()}
+        if step == self.spec.phase.steps:
+            tested = self._on("test") if held_out else {key.removeprefix("eval/"): v for key, v in values.items()}
+            values |= {f"test/{key}": value for key, value in tested.items()}
+        return values
+
+    def _on(self, split: SplitName) -> dict[str, float]:
+        batches = eval_batches(
+            self.plan.job.data,
+            self.splits[split],
+            self.plan.data,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch=self.plan.job.evaluation.batch,
+        )
+        return evaluate(self.engine.predict, batches, self.loss, self.metrics, self.engine.device)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, state: TrainState, records: list[Record]) -> None:
+        folder = checkpoint.checkpoint_folder(self.spec.checkpoints, state.step)
+        shapes = self.engine.shapes()
+        checkpoint.write_shards(folder, self.rank, self.engine.shards())
+        dist.barrier()
+        if self.rank == 0:
+            scalars = {**asdict(state), "engine": asdict(self.engine.state())}
+            checkpoint.write_manifest(folder, self.world_size, scalars, shapes, records)
+            checkpoint.prune_checkpoints(self.spec.checkpoints, self.plan.job.budget.keep_checkpoints)
+
+    def _restore(self) -> tuple[TrainState, list[Record]]:
+        """The newest sound checkpoint's state and records; a damaged one is named and the one before it is used."""
+        for folder in self._candidates():
+            problems: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(problems, checkpoint.check_checkpoint(folder, self.rank, self.world_size))
+            found = [problem for problem in problems if problem]
+            if not found:
+                self.stage(f"loading {folder.name}")
+                return self._load(folder)
+            self.stage(f"refused {folder.name}: {found[0]}")
+        return TrainState(), []
+
+    def _candidates(self) -> list[Path]:
+        """Complete checkpoints, newest first, as rank 0 sees them."""
+        listed = [list(reversed(checkpoint.list_checkpoints(self.spec.checkpoints))) if self.rank == 0 else []]
+        dist.broadcast_object_list(listed, src=0)
+        return listed[0]
+
+    def _load(self, folder: Path) -> tuple[TrainState, list[Record]]:
+        reader = checkpoint.CheckpointReader(folder)
+        self.engine.load(reader, EngineState(**reader.state["engine"]))
+        state = TrainState(reader.step, reader.state["applied"], reader.state["seconds"])
+        return state, reader.records()
+
+    def _finish(self, state: TrainState) -> None:
+        """Declares the phase complete. Its metrics are those of the last record, which the last checkpoint holds."""
+        if self.rank > 0:
+            return
+        folder = checkpoint.checkpoint_folder(self.spec.checkpoints, state.step)
+        last = checkpoint.CheckpointReader(folder).records()[-1]
+        manifest = {
+            "name": self.spec.phase.name,
+            "fingerprint": self.spec.phase.fingerprint,
+            "checkpoint": str(folder.relative_to(self.spec.phase_folder)),
+            "steps": state.step,
+            "skipped_steps": state.skipped,
+            "seconds": state.seconds,
+            "metrics": last["metrics"],
+        }
+        write_json(self.spec.phase_folder / PHASE_MANIFEST, manifest)
+        self.stage("finished")
+
+
+def _redirect_output(path: Path) -> None:
+    """Sends what this process prints, its libraries' C code included, to the run's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.open("a", buffering=1)
+    # Ray writes every report, with all of its records, at level INFO.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+
+
+def _stage_writer(run_folder: Path, rank: int) -> Callable[[str], None]:
+    """Tells people what a run is doing before its first step: rank 0 appends to `stages.jsonl`."""
+
+    def stage(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        if rank == 0:
+            with (run_folder / STAGES).open("a") as file:
+                file.write(json.dumps({"time_ms": int(time.time() * 1000), "text": text}) + "\n")
+
+    return stage
