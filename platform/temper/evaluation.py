@@ -36,7 +36,8 @@ def evaluate(
         if num_valid == 0:
             continue
         terms = loss(outputs, targets)
-        totals += torch.tensor([sum(float(value) for value in terms.values()) * num_valid, num_valid], device=device)
+        batch_loss = sum(float(value) for value in terms.values())
+        totals += torch.tensor([batch_loss * num_valid, num_valid], dtype=torch.float64, device=device)
         metrics.update(outputs, targets)
     if dist.is_initialized():
         dist.all_reduce(totals)

@@ -26,8 +26,9 @@ __all__ = ["build_metrics", "logits_of"]
 def build_metrics(config: EvaluationConfig, facts: DataFacts, device: torch.device | str) -> MetricCollection:
     """The job's metrics on `device`; `update` takes logits (examples, …, classes) or predictions, and targets.
 
-    `compute` is collective where torch.distributed is initialised, and then over all ranks. Counts and ranks are exact;
-    sums of errors are taken in fp64. Raises JobError where a metric needs classes and the data have none.
+    `compute` is collective where torch.distributed is initialised, and then over all ranks; each must have been
+    updated, as torchmetrics cannot gather from a rank without examples. Counts and rankings are exact, sums of errors
+    are taken in fp64. Raises JobError where a metric needs classes and the data have none.
     """
     problems = [
         Problem(f"evaluation.metrics.{index}", name, "needs data with classes", f"use {' or '.join(_REGRESSION)}")

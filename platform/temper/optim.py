@@ -28,6 +28,10 @@ class LazyAdagrad(torch.optim.Adagrad):
     would look for accumulators that belong to tensors it no longer has.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.state.clear()
+
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         for param in group["params"]:
             if param.grad is not None and "sum" not in self.state[param]:

@@ -25,7 +25,7 @@ def declare_torchvision_operators() -> None:
 
 
 def _is_registered(name: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel(f"torchvision::{name}")) or hasattr(torch.ops.torchvision, name)
+    return hasattr(torch.ops.torchvision, name)
 
 
 def _load_operators() -> bool:

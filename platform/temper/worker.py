@@ -10,15 +10,18 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from temper import checkpoint
 from temper.data.batches import Batch, DataState, eval_batches, train_batches
-from temper.data.sources import SplitName, load_split
+from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.engine.deepspeed_setup import prepare
@@ -41,7 +44,12 @@ def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
     stage = _stage_writer(spec.run_folder, rank)
     stage(f"loading {spec.plan.job.data.kind}")
     prepare(spec.plan.mesh.device)
-    _Worker(spec, rank, stage).run(report)
+    try:
+        _Worker(spec, rank, stage).run(report)
+    except Exception as error:
+        # Ray Train takes the traceback off on the way to the controller; a note stays.
+        error.add_note(traceback.format_exc())
+        raise
 
 
 class _Worker:
@@ -53,13 +61,16 @@ class _Worker:
         self.spec, self.rank, self.stage = spec, rank, stage
         self.world_size = plan.mesh.world_size
         storage = Path(job.storage)
-        names: tuple[SplitName, ...] = ("train", "validation", "test") if job.data.holdout else ("train", "test")
-        self.splits = {name: load_split(job.data, name, storage, plan.data) for name in names}
+        self.splits = load_splits(job.data, storage, plan.data)
         stage(f"building {job.model.kind}")
         self.loss: LossFunction = build_loss(job.loss)
         model = build_model(job.model, plan.data, job.seed)
         self.engine = DeepSpeedEngine(model, self.loss, job, plan.batch, plan.mesh, spec.phase.deepspeed)
-        self.metrics = build_metrics(job.evaluation, plan.data, self.engine.device)
+
+    @cached_property
+    def _metrics(self) -> Any:
+        """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
+        return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device)
 
     def run(self, report: Callable[[list[Record]], None]) -> None:
         job, plan, phase = self.plan.job, self.plan, self.spec.phase
@@ -123,7 +134,7 @@ class _Worker:
             world_size=self.world_size,
             batch=self.plan.job.evaluation.batch,
         )
-        return evaluate(self.engine.predict, batches, self.loss, self.metrics, self.engine.device)
+        return evaluate(self.engine.predict, batches, self.loss, self._metrics, self.engine.device)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

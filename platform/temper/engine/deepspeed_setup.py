@@ -23,6 +23,7 @@ def prepare(device: str) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed = _import_deepspeed()
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    _import_muon()
     if device == "cpu":
         # By its full name: the attribute `deepspeed.comm.torch` is torch itself.
         importlib.import_module("deepspeed.comm.torch").__dict__["build_shm_op"] = lambda: None
@@ -40,6 +41,18 @@ def _import_deepspeed() -> Any:
     finally:
         if hidden:
             del sys.modules["mlflow"]
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon optimizer, asked for or not, and that decorates functions with `torch.compile`.
+
+    Decorating alone imports torch's compiler, for 2 s. temper has no Muon, so the decorator may do nothing.
+    """
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda wrapped: wrapped)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_
 
 
 def device_of(kind: str) -> torch.device:

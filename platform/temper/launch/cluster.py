@@ -39,6 +39,13 @@ def _is_host_port(address: str) -> bool:
     return bool(host) and port.isdigit()
 
 
+def prepare_environment(address: str) -> None:
+    """Settings that Ray reads when it is imported; what the user has set stays. Call it before any import of ray."""
+    chosen = {**RAY_ENVIRONMENT, **(EMBEDDED_ENVIRONMENT if address == "local" else {})}
+    for name, value in chosen.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(address: str, logs: Path) -> Iterator[None]:
     """Connects to `address`, or starts an embedded Ray for `local`; disconnects, or stops it, at the end.
@@ -46,9 +53,6 @@ def ray_session(address: str, logs: Path) -> Iterator[None]:
     Raises:
         RunError: there is no Ray at the address.
     """
-    os.environ.update({**os.environ, **RAY_ENVIRONMENT})
-    if address == "local":
-        os.environ.update(EMBEDDED_ENVIRONMENT)
     import ray
 
     try:

@@ -24,7 +24,7 @@ from temper.config.schema import JobConfig
 from temper.errors import RunError, TemperError
 from temper.files import read_json, read_lines, write_json
 from temper.launch.claim import claimed
-from temper.launch.cluster import cluster_shape, ray_session
+from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
 from temper.launch.ingest import ingest
 from temper.plan.build import Plan, build_plan
 from temper.plan.phases import PhasePlan
@@ -99,6 +99,7 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
         RunInterrupted: SIGINT or SIGTERM; what it reached is saved.
     """
     started = time.perf_counter()
+    prepare_environment(options.address)
     job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
     with ExitStack() as stack:
         if options.address != "local":
@@ -148,9 +149,10 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
     display = stack.enter_context(_display(options.display, plan))
     display.stage("starting Ray")
     uri = tracking_uri(plan.job)
-    with ThreadPoolExecutor(1) as background:
-        # A new MLflow database takes seconds to create, and so does Ray's start: side by side.
+    with ThreadPoolExecutor(2) as background:
+        # Each takes seconds, mostly of waiting: Ray's processes, a new MLflow database, the import of the trainer.
         opening = background.submit(_open_run, uri, plan, options.command)
+        background.submit(_import_trainer)
         if options.address == "local":
             stack.enter_context(ray_session("local", plan.run_folder / "logs"))
         run_id = opening.result()
@@ -167,6 +169,10 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
         status = "FINISHED"
     finally:
         _settle(uri, run_id, spec, status, display)
+
+
+def _import_trainer() -> None:
+    import ray.train.torch  # noqa: F401
 
 
 def _prepare_folder(plan: Plan) -> None:

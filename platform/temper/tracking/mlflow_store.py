@@ -137,32 +137,6 @@ def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0)
     return _persist(lambda: build_client(uri).set_terminated(run_id, status), f"status {status}", timeout_s)
 
 
-def set_tags(uri: str, run_id: str, tags: Mapping[str, str], timeout_s: float = 10.0) -> bool:
-    """Set tags of the run; false, with a line in the log, where the store does not take them in time."""
-    from mlflow.entities import RunTag
-
-    entries = [RunTag(name, redact_text(value)[:_TAG_LENGTH]) for name, value in tags.items()]
-    return _persist(lambda: build_client(uri).log_batch(run_id, tags=entries, synchronous=True), "tags", timeout_s)
-
-
-def log_artifact(uri: str, run_id: str, path: Path, timeout_s: float = 30.0) -> bool:
-    """Copy a file to the run's artifacts as it is; false, with a line in the log, where that fails."""
-    return _persist(lambda: build_client(uri).log_artifact(run_id, str(path)), f"artifact {path.name}", timeout_s)
-
-
-def log_final(uri: str, run_id: str, metrics: Mapping[str, float], step: int, timeout_s: float = 10.0) -> bool:
-    """Log what is known at the end, e.g. the test accuracy; what the run has at this step is not logged again."""
-
-    def log_missing() -> None:
-        client = build_client(uri)
-        present = {metric.key for metric in _latest(client.get_run(run_id)) if metric.step == step}
-        record: Record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": dict(metrics)}
-        missing = [metric for metric in _entities(record) if metric.key not in present]
-        client.log_batch(run_id, metrics=missing, synchronous=True)
-
-    return _persist(log_missing, "final metrics", timeout_s)
-
-
 def _persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while True:
@@ -356,10 +330,10 @@ class SystemMetrics:
     def __init__(self, uri: str, run_id: str) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+        self._monitor = SystemMetricsMonitor(
             run_id, sampling_interval=_SYSTEM_INTERVAL_S, resume_logging=True, tracking_uri=uri
         )
-        self._monitor.start()  # type: ignore[no-untyped-call]
+        self._monitor.start()
 
     @property
     def alive(self) -> bool:

@@ -65,6 +65,7 @@ def server_environment(uri: str) -> dict[str, str]:
         **os.environ,
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # serves evaluations of language models; four more processes
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),  # deprecations inside the server
         "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
     }
     if uri.startswith("sqlite:///"):

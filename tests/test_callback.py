@@ -1,0 +1,229 @@
+"""The controller's side: reports into history and tracking, failures told apart, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.train import RunConfig
+from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+from ray.train.v2._internal.exceptions import (
+    BroadcastCollectiveTimeoutError,
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+
+from temper.errors import CheckpointError, RunError
+from temper.tracking import callback as callback_module
+from temper.tracking.callback import TrackingCallback, TrackingEnd, TrackingTarget, build_callbacks
+from temper.tracking.failures import describe_failure, failed_ranks, is_lost_peer
+from temper.tracking.history import History, Record, read_history
+
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:32541. "
+    "This may indicate a remote rank has failed."
+)
+
+LOST_PEERS: list[BaseException] = [
+    RayActorError(),
+    ActorDiedError(),
+    WorkerCrashedError(),
+    OutOfMemoryError("the node ran out of memory"),
+    NodeDiedError("node is gone"),
+    WorkerHealthCheckFailedError("poll failed", RayActorError()),
+    WorkerHealthCheckTimeoutError("a worker hangs"),
+    BroadcastCollectiveTimeoutError(1800.0, [1], 1800.0),
+    RuntimeError(GLOO),
+    RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"),
+    RuntimeError("[pair.cc:534] Read error [127.0.0.1]:5: Connection reset by peer"),
+    RuntimeError("Rank 1 successfully reached monitoredBarrier, but received errors from rank 0"),
+    DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2000, ncclRemoteError: a remote process exited"),
+    DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)"),
+    DistNetworkError("The client socket has failed to connect to any network address"),
+    DistStoreError("wait timeout after 300000ms, keys: /0"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    BrokenPipeError(32, "Broken pipe"),
+    UserExceptionWithTraceback(RuntimeError(GLOO), "Traceback …"),
+    RayTaskError("poll", "Traceback …", RuntimeError(GLOO)),
+]
+
+OWN_ERRORS: list[BaseException] = [
+    ValueError("could not broadcast input array from shape (3,) into shape (2,)"),
+    ZeroDivisionError("division by zero"),
+    KeyError("timeout"),
+    FileNotFoundError(2, "No such file or directory", "data/timed_out.csv"),
+    MemoryError(),
+    CheckpointError("checkpoints/step-5/rank-0.pt: SHA-256 differs"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x64 and 128x10)"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    DistBackendError("NCCL error in: NCCLUtils.cpp:94, ncclInvalidUsage, Duplicate GPU detected"),
+    UserExceptionWithTraceback(ValueError("connection closed by peer"), "Traceback …"),
+    RayTaskError("f", "Traceback …", ValueError("x")),
+]
+
+
+def name_of(error: BaseException) -> str:
+    return f"{type(error).__name__}-{str(error)[:20]}"
+
+
+# ------------------------------------------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("error", LOST_PEERS, ids=name_of)
+def test_a_lost_peer_is_no_failure_of_the_code(error: BaseException) -> None:
+    assert is_lost_peer(error)
+    assert failed_ranks({0: error}) == {}
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS, ids=name_of)
+def test_an_error_of_the_code_would_come_again(error: BaseException) -> None:
+    assert not is_lost_peer(error)
+    assert failed_ranks({0: RuntimeError(GLOO), 1: error}) == {1: error}
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS, ids=name_of)
+def test_next_to_a_dead_worker_no_error_counts(error: BaseException) -> None:
+    assert failed_ranks({0: error, 1: WorkerHealthCheckFailedError("poll failed", ActorDiedError())}) == {}
+
+
+def test_notes_from_the_worker_reach_the_description() -> None:
+    error = ValueError("bad shape")
+    error.add_note('  File "nets.py", line 3, in forward')
+    travelled = pickle.loads(pickle.dumps(error))
+    described = describe_failure(1, travelled, time_ms=5)
+    assert described["traceback"] == 'ValueError: bad shape\n  File "nets.py", line 3, in forward\n'
+    assert (described["rank"], described["kind"], described["time_ms"]) == (1, "error", 5)
+    assert (described["type"], described["message"]) == ("builtins.ValueError", "bad shape")
+    assert (
+        describe_failure(0, UserExceptionWithTraceback(error, "Traceback: here"), 5)["traceback"] == "Traceback: here"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- callback
+
+
+class FakeTracker:
+    """Stores as the real one does, delivers nothing."""
+
+    made: ClassVar[list[FakeTracker]] = []
+
+    def __init__(self, uri: str, run_id: str, history: History, *, system_metrics: bool) -> None:
+        self.arguments = (uri, run_id, system_metrics)
+        self.history = history
+        self.started = False
+        self.closed: list[float] = []
+        FakeTracker.made.append(self)
+
+    def start(self) -> None:
+        self.started = True
+
+    def add(self, records: list[Record]) -> list[Record]:
+        return self.history.append(records)
+
+    def close(self, timeout_s: float) -> bool:
+        self.closed.append(timeout_s)
+        return True
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingTarget:
+    monkeypatch.setattr(callback_module, "RunTracker", FakeTracker)
+    FakeTracker.made = []
+    return TrackingTarget(
+        uri="sqlite:////nowhere/mlflow.db",
+        run_id="run",
+        history_path=str(tmp_path / "phases" / "history.jsonl"),
+        failures_path=str(tmp_path / "run" / "failures.jsonl"),
+        system_metrics=True,
+    )
+
+
+def record(step: int) -> Record:
+    return {"step": step, "time_ms": step, "metrics": {"train/loss": 1.0}}
+
+
+def failures(target: TrackingTarget) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(target.failures_path).read_text().splitlines()]
+
+
+def test_records_of_rank_0_reach_the_history(target: TrackingTarget) -> None:
+    tracking = TrackingCallback(target)
+    tracking.after_report(None, [{"records": [record(1), record(2)]}, {"records": [record(9)]}], None)
+    tracking.after_report(None, [{"records": []}, {}], None)
+    tracking.after_report(None, [{}, {}], None)
+    tracking.after_report(None, [{"records": [record(2), record(3)]}, {}], None)
+    assert read_history(target.history_path) == [record(1), record(2), record(3)]
+    assert [made.arguments for made in FakeTracker.made] == [("sqlite:////nowhere/mlflow.db", "run", True)]
+    assert FakeTracker.made[0].started
+
+
+def test_a_fault_in_tracking_does_not_reach_the_training(
+    target: TrackingTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no tracker today")
+
+    monkeypatch.setattr(callback_module, "RunTracker", fail)
+    tracking = TrackingCallback(target)
+    tracking.after_report(None, [{"records": [record(1)]}], None)
+    assert "no tracker today" in caplog.text
+    assert tracking.close(1.0)
+
+
+def test_an_error_of_the_code_ends_the_run(target: TrackingTarget) -> None:
+    errors: Mapping[int, BaseException] = {
+        0: RuntimeError(GLOO),
+        1: ValueError("bad shape"),
+        3: ValueError("bad shape"),
+    }
+    with pytest.raises(RunError, match=r"rank 1 \(and 1 more\): ValueError: bad shape; details in .*failures.jsonl"):
+        TrackingCallback(target).after_exception(None, errors)
+    assert [(failure["rank"], failure["kind"]) for failure in failures(target)] == [
+        (0, "lost peer"), (1, "error"), (3, "error"),
+    ]  # fmt: skip
+
+
+def test_a_lost_worker_is_written_down_once_and_the_run_goes_on(target: TrackingTarget) -> None:
+    tracking = TrackingCallback(target)
+    lost = {0: RuntimeError(GLOO), 1: WorkerHealthCheckFailedError("poll failed", ActorDiedError())}
+    tracking.after_exception(None, lost)
+    tracking.after_exception(None, lost)
+    assert [(failure["rank"], failure["type"].rpartition(".")[2]) for failure in failures(target)] == [
+        (0, "RuntimeError"), (1, "WorkerHealthCheckFailedError"),
+    ]  # fmt: skip
+
+
+def test_callbacks_travel_to_the_controller_together(target: TrackingTarget) -> None:
+    callbacks = RunConfig(callbacks=build_callbacks(target)).callbacks
+    assert callbacks is not None
+    # As Ray Train hands them to the controller: user callbacks in a handler, the others beside it, in one argument.
+    handler, end = cloudpickle.loads(cloudpickle.dumps([UserCallbackHandler(callbacks[:1], None), callbacks[1]]))
+    assert isinstance(end, TrackingEnd)
+    assert end._tracking is handler._user_callbacks[0]
+
+    handler._user_callbacks[0].after_report(None, [{"records": [record(1)]}], None)
+    tracker = end._tracking._tracker
+    asyncio.run(end.before_controller_shutdown())
+    end.before_controller_abort()
+    assert tracker.closed == [15.0, 5.0]
+
+
+def test_the_end_of_a_run_without_a_report_is_quiet(target: TrackingTarget) -> None:
+    asyncio.run(TrackingEnd(TrackingCallback(target)).before_controller_shutdown())
+    assert FakeTracker.made == []

@@ -1,0 +1,636 @@
+"""The history file, its delivery, and MLflow: nothing lost, nothing doubled, no secret logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from temper.config.schema import JobConfig
+from temper.errors import RunError
+from temper.tracking import delivery, history, mlflow_store, ui
+from temper.tracking.delivery import RunTracker, replay, take_batch
+from temper.tracking.history import History, HistoryTail, Record, read_history
+from temper.tracking.mlflow_store import PROGRESS_METRIC, RefusedError, build_client, open_run, tracking_uri
+from temper.tracking.redact import is_secret, redact_text, redact_values
+
+
+def record(step: int, **metrics: float) -> Record:
+    return {"step": step, "time_ms": 1_700_000_000_000 + step, "metrics": {"train/loss": 1.0 / step, **metrics}}
+
+
+def records(first: int, last: int) -> list[Record]:
+    return [record(step) for step in range(first, last + 1)]
+
+
+def steps(found: Sequence[Record]) -> list[int]:
+    return [one["step"] for one in found]
+
+
+# ------------------------------------------------------------------------------------------------------- history
+
+
+def test_history_returns_what_was_appended_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "phases" / "abc" / "history.jsonl"
+    odd = record(3, **{"eval/accuracy": 0.1 + 0.2, "precision/loss_scale": 65536.0, "grad": math.inf})
+    stored = History(path)
+
+    assert stored.append(records(1, 2)) == records(1, 2)
+    assert stored.append([odd]) == [odd]
+
+    assert read_history(path) == [*records(1, 2), odd]
+    assert read_history(path, after_step=2) == [odd]
+
+
+def test_history_keeps_nan(tmp_path: Path) -> None:
+    History(tmp_path / "h").append([record(1, **{"train/loss": math.nan})])
+    assert math.isnan(read_history(tmp_path / "h")[0]["metrics"]["train/loss"])
+
+
+def test_history_drops_steps_that_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).append(records(1, 7))
+
+    reopened = History(path)
+    assert reopened.last_step == 7
+    assert steps(reopened.append(records(5, 9))) == [8, 9]
+    assert steps(reopened.append(records(9, 9))) == []
+    assert steps(read_history(path)) == list(range(1, 10))
+
+
+@pytest.mark.parametrize("kept", range(1, len(json.dumps(record(3), separators=(",", ":")))))
+def test_history_removes_a_half_written_last_line(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).append(records(1, 3))
+    content = path.read_bytes()
+    begin = content.rindex(b"\n", 0, -1) + 1
+    path.write_bytes(content[: begin + kept])
+
+    assert steps(read_history(path)) == [1, 2]
+    assert steps(History(path).append(records(3, 4))) == [3, 4]
+    assert read_history(path) == records(1, 4)
+
+
+def test_history_keeps_a_whole_record_that_lacks_only_its_newline(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).append(records(1, 3))
+    path.write_bytes(path.read_bytes()[:-1])
+
+    reopened = History(path)
+    assert reopened.last_step == 3
+    reopened.append(records(4, 4))
+    assert read_history(path) == records(1, 4)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"{}\n", b"null\n[1]\n", b'{"step":9', b"\n\n"])
+def test_history_removes_what_a_power_cut_left_behind(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).append(records(1, 2))
+    path.write_bytes(path.read_bytes() + tail)
+
+    History(path).append(records(3, 3))
+    assert read_history(path) == records(1, 3)
+
+
+def test_history_of_nothing_but_damage_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"step": 1, "ti')
+    stored = History(path)
+    assert stored.last_step == 0
+    stored.append(records(1, 1))
+    assert read_history(path) == records(1, 1)
+
+
+def test_full_disk_neither_raises_nor_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "history.jsonl"
+    stored = History(path)
+    stored.append(records(1, 2))
+    before = path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", fail)
+        assert steps(stored.append(records(3, 4))) == [3, 4]
+        assert steps(stored.append(records(5, 5))) == [5]
+        assert path.read_bytes() == before
+        assert steps(stored.unwritten()) == [3, 4, 5]
+    assert [entry.levelname for entry in caplog.records] == ["ERROR"]
+    assert "No space left on device" in caplog.text
+
+    stored.append(records(6, 6))
+    assert stored.unwritten() == []
+    assert read_history(path) == records(1, 6)
+
+
+def test_history_in_a_folder_that_cannot_be_made_only_complains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    stored = History(tmp_path / "file" / "history.jsonl")
+    assert steps(stored.append(records(1, 2))) == [1, 2]
+    assert "cannot be written" in caplog.text
+
+
+def test_tail_returns_each_complete_record_once(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    tail = HistoryTail(path)
+    assert tail.poll() == []
+    stored = History(path)
+    stored.append(records(1, 5))
+    assert steps(tail.poll(limit=2)) == [1, 2]
+    assert steps(tail.poll()) == [3, 4, 5]
+    assert tail.poll() == []
+
+    line = json.dumps(record(6)).encode() + b"\n"
+    with path.open("ab") as file:
+        file.write(line[:10])
+        file.flush()
+        assert tail.poll() == []
+        file.write(line[10:])
+    assert tail.poll() == [record(6)]
+
+
+def test_tail_skips_damage_and_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    lines = [json.dumps(one).encode() for one in records(1, 4)]
+    path.write_bytes(b"\n".join([*lines[:2], b"garbage", *lines[2:], b""]))
+    assert steps(HistoryTail(path, after_step=1).poll()) == [2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------------ delivery
+
+
+class FakeSystem:
+    def __init__(self) -> None:
+        self.alive = True
+        self.stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class FakeServer:
+    """A tracking server that keeps every point, and whose connection fails as told.
+
+    `outcomes` are taken one a request: "down" fails before anything is stored, "lost answer" after it.
+    """
+
+    def __init__(self, outcomes: Sequence[str] = ()) -> None:
+        self.outcomes = list(outcomes)
+        self.stored: list[Record] = []
+        self.refused_steps: set[int] = set()
+        self.system: list[FakeSystem] = []
+        self.requests = 0
+        self.reachable = threading.Event()
+        self.reachable.set()
+
+    def open(self, uri: str, run_id: str) -> FakeServer:
+        return self
+
+    def _request(self) -> str:
+        self.requests += 1
+        if not self.reachable.is_set():
+            raise ConnectionError("server is down")
+        outcome = self.outcomes.pop(0) if self.outcomes else "up"
+        if outcome == "down":
+            raise ConnectionError("server is down")
+        return outcome
+
+    def last_step(self) -> int:
+        self._request()
+        return max(steps(self.stored), default=0)
+
+    def send(self, batch: Sequence[Record]) -> None:
+        outcome = self._request()
+        if self.refused_steps & set(steps(batch)):
+            raise RefusedError("a bad name")
+        self.stored += batch
+        if outcome == "lost answer":
+            raise TimeoutError("no answer")
+
+    def watch_system(self) -> FakeSystem:
+        self.system.append(FakeSystem())
+        return self.system[-1]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_GATHER_S", 0.001)
+    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_S", 0.002)
+    monkeypatch.setattr(delivery, "_CLOSING_PAUSE_S", 0.002)
+
+
+def track(server: FakeServer, path: Path, **options: Any) -> RunTracker:
+    return RunTracker("http://server", "run", History(path), open_sink=server.open, **options)
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        [],
+        ["down"] * 5,
+        ["up", "down", "down"],
+        ["up", "lost answer"],
+        ["up", "lost answer", "down", "up", "lost answer", "down"],
+        ["up", "up", "lost answer"] * 3,
+        ["down"] * 1100,
+    ],
+)
+def test_every_step_arrives_once_through_any_failure(tmp_path: Path, outcomes: list[str]) -> None:
+    server = FakeServer(outcomes)
+    tracker = track(server, tmp_path / "h")
+    tracker.start()
+    for step in range(1, 51):
+        tracker.add([record(step)])
+    assert tracker.close(30.0)
+    assert server.stored == records(1, 50)
+
+
+def test_tracker_sends_first_what_the_history_has_and_the_server_lacks(tmp_path: Path) -> None:
+    History(tmp_path / "h").append(records(1, 20))
+    server = FakeServer()
+    server.stored = records(1, 12)
+    tracker = track(server, tmp_path / "h")
+    tracker.start()
+    assert tracker.add(records(16, 22)) == records(21, 22)
+    assert tracker.close(30.0)
+    assert server.stored == records(1, 22)
+
+
+def test_outage_at_the_start_is_said_once_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    server = FakeServer()
+    server.reachable.clear()
+    tracker = track(server, tmp_path / "h")
+    tracker.start()
+    tracker.add(records(1, 2500))
+    while server.requests < 5:
+        threading.Event().wait(0.001)
+    assert server.stored == []
+    server.reachable.set()
+    assert tracker.close(30.0)
+    assert server.stored == records(1, 2500)
+    assert caplog.text.count("takes no metrics") == 1
+    assert caplog.text.count("took everything again") == 1
+
+
+def test_close_gives_up_in_time_and_replay_completes(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.reachable.clear()
+    tracker = track(server, tmp_path / "h")
+    tracker.start()
+    tracker.add(records(1, 5))
+    assert not tracker.close(0.05)
+    assert server.stored == []
+    assert not replay("http://server", "run", tmp_path / "h", timeout_s=0.01, open_sink=server.open)
+
+    server.reachable.set()
+    assert replay("http://server", "run", tmp_path / "h", open_sink=server.open)
+    assert replay("http://server", "run", tmp_path / "h", open_sink=server.open)
+    assert server.stored == records(1, 5)
+
+
+def test_replay_changes_nothing_in_the_history(tmp_path: Path) -> None:
+    path = tmp_path / "h"
+    History(path).append(records(1, 3))
+    path.write_bytes(path.read_bytes() + b'{"step"')
+    before = path.read_bytes()
+    server = FakeServer()
+    assert replay("http://server", "run", path, open_sink=server.open)
+    assert server.stored == records(1, 3)
+    assert path.read_bytes() == before
+
+
+def test_records_that_the_disk_does_not_take_are_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer()
+    tracker = track(server, tmp_path / "h")
+    tracker.add(records(1, 2))
+
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(history, "_append_durably", fail)
+        tracker.add(records(3, 4))
+        tracker.start()
+        while len(server.stored) < 4:
+            threading.Event().wait(0.001)
+    tracker.add(records(5, 5))
+    assert tracker.close(30.0)
+    assert server.stored == records(1, 5)
+    assert read_history(tmp_path / "h") == records(1, 5)
+
+
+def test_a_refused_record_does_not_hold_up_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = FakeServer()
+    server.refused_steps = {3}
+    tracker = track(server, tmp_path / "h")
+    tracker.add(records(1, 5))
+    assert tracker.close(30.0)
+    assert steps(server.stored) == [1, 2, 4, 5]
+    assert "refused step 3 for good" in caplog.text
+
+
+def test_system_metrics_run_only_if_asked_for_and_end_with_the_tracker(tmp_path: Path) -> None:
+    for wanted in (False, True):
+        server = FakeServer()
+        tracker = track(server, tmp_path / f"h{wanted}", system_metrics=wanted)
+        tracker.start()
+        tracker.add(records(1, 1))
+        while not server.stored or (wanted and not server.system):
+            threading.Event().wait(0.001)
+        assert tracker.close(30.0)
+        assert [system.stopped for system in server.system] == ([True] if wanted else [])
+
+
+def test_batches_hold_whole_records() -> None:
+    wide = [record(step, **{f"sparsity/{i}": 0.0 for i in range(399)}) for step in range(1, 6)]
+    assert steps(take_batch(wide)) == [1, 2]
+    huge = record(1, **{f"sparsity/{i}": 0.0 for i in range(1500)})
+    assert steps(take_batch([huge, record(2)])) == [1]
+    assert take_batch([]) == []
+
+
+# ------------------------------------------------------------------------------------------------------- redaction
+
+
+def test_passwords_in_addresses_are_hidden() -> None:
+    assert redact_text("postgresql://ann:s3cr3t@db:5432/x") == "postgresql://ann:***@db:5432/x"
+    assert (
+        redact_text("see https://u:p%40ss@host and sqlite:////a/b.db") == "see https://u:***@host and sqlite:////a/b.db"
+    )
+    assert redact_text("http://localhost:5000/a@b") == "http://localhost:5000/a@b"
+
+
+@pytest.mark.parametrize("key", ["password", "db.password", "hf_token", "API_KEY", "api-key", "aws_secret_access_key",
+                                 "aws_access_key_id", "client_secret", "authToken", "credentials"])  # fmt: skip
+def test_keys_that_name_secrets(key: str) -> None:
+    assert is_secret(key)
+    assert redact_values({key: "hunter2"}) == {key: "***"}
+    assert redact_text(f"{key}: hunter2\n") == f"{key}: ***\n"
+    assert redact_text(f"temper train j.yaml data.args.{key}=hunter2 seed=1") == (
+        f"temper train j.yaml data.args.{key}=*** seed=1"
+    )
+    assert redact_text(f'{{"{key}": "hunter 2"}}') == f'{{"{key}": ***}}'
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "image_key", "label_key", "tokenizer", "num_tokens", "keys", "seed"])
+def test_keys_that_only_look_like_secrets(key: str) -> None:
+    assert redact_values({key: "value"}) == {key: "value"}
+    assert redact_text(f"{key}: value") == f"{key}: value"
+
+
+def test_redaction_reaches_into_lists_and_leaves_switches() -> None:
+    values = {"a": [{"token": "x"}, "http://u:p@h"], "use_token": True, "password": None, "n": 3}
+    assert redact_values(values) == {
+        "a": [{"token": "***"}, "http://u:***@h"],
+        "use_token": True,
+        "password": None,
+        "n": 3,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- MLflow
+
+
+def job(storage: Path, **overrides: Any) -> JobConfig:
+    values: dict[str, Any] = {
+        "name": "digits",
+        "model": {"kind": "python", "target": "nets:build", "args": {"hf_token": "hunter2", "width": 2}},
+        "data": {"kind": "digits", "global_batch": 64, "augment": [{"kind": "random_crop", "padding": 1}]},
+        "optimizer": {"kind": "sgd", "lr": 0.1},
+        "budget": {"steps": 100},
+        "storage": str(storage),
+        **overrides,
+    }
+    return JobConfig.model_validate(values)
+
+
+def plan_of(config: JobConfig) -> Any:
+    batch = SimpleNamespace(global_batch=64, rank_batch=32, micro_batch=16, accumulation=2)
+    values = {"job": config.model_dump(mode="json"), "fingerprint": "f" * 64, "steps": 100}
+    return SimpleNamespace(job=config, steps=100, batch=batch, fingerprint="f" * 64, to_dict=lambda: values)
+
+
+JOB_YAML = "name: digits  # a comment\nmodel: {args: {hf_token: hunter2}}\n"
+COMMAND = "temper train jobs/digits.yaml model.args.hf_token=hunter2"
+
+
+def test_address_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(job(Path("runs"))) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert tracking_uri(job(Path("runs"))) == "http://tracking:5000"
+    assert tracking_uri(job(Path("runs"), tracking={"uri": "sqlite:///other.db"})) == f"sqlite:///{tmp_path}/other.db"
+    assert tracking_uri(job(Path("runs"), tracking={"uri": "sqlite:////a/b.db"})) == "sqlite:////a/b.db"
+    assert tracking_uri(job(Path("runs"), tracking={"uri": "mlruns"})) == f"file://{tmp_path}/mlruns"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A SQLite store in a folder with a space, one run in it; made once, because MLflow's migrations take seconds."""
+    folder = tmp_path_factory.mktemp("the runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        work = tmp_path_factory.mktemp("work")
+        patch.chdir(work)
+        plan = plan_of(job(folder))
+        uri = tracking_uri(plan.job)
+        run_id = open_run(uri, plan, job_yaml=JOB_YAML, command=COMMAND)
+        yield SimpleNamespace(folder=folder, work=work, plan=plan, uri=uri, run_id=run_id, client=build_client(uri))
+
+
+def points(store: SimpleNamespace, run_id: str, key: str) -> list[tuple[int, int, float]]:
+    return [(m.step, m.timestamp, m.value) for m in store.client.get_metric_history(run_id, key)]
+
+
+def test_run_carries_parameters_tags_and_artifacts(store: SimpleNamespace) -> None:
+    run = store.client.get_run(store.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.info.run_name == "digits"
+    assert run.data.params["optimizer.lr"] == "0.1"
+    assert run.data.params["parallel.offload"] == "none"
+    assert run.data.params["optimizer.clip_norm"] == "null"
+    assert run.data.params["data.augment"] == '[{"kind": "random_crop", "padding": 1, "size": null}]'
+    assert run.data.params["plan.accumulation"] == "2"
+    assert run.data.tags["temper.fingerprint"] == "f" * 64
+    assert run.data.tags["temper.command"] == "temper train jobs/digits.yaml model.args.hf_token=***"
+    assert run.data.tags["mlflow.user"]
+    names = {artifact.path for artifact in store.client.list_artifacts(store.run_id)}
+    assert {"job.yaml", "plan.json", "environment.txt"} <= names
+    assert (store.folder / "artifacts" / store.run_id / "artifacts" / "environment.txt").read_text().count("\nmlflow==")
+    assert list(store.work.iterdir()) == []
+
+
+def test_no_secret_reaches_the_store(store: SimpleNamespace) -> None:
+    assert store.client.get_run(store.run_id).data.params["model.args.hf_token"] == "***"
+    for path in store.folder.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
+    first = RunTracker(store.uri, run_id, History(path))
+    first.start()
+    first.add(records(1, 30))
+    assert first.close(60.0)
+    assert mlflow_store.close_run(store.uri, run_id, "FAILED")
+    assert store.client.get_run(run_id).info.status == "FAILED"
+
+    resumed = open_run(store.uri, plan_of(job(store.folder, seed=7)), run_id=run_id, job_yaml=JOB_YAML, command="again")
+    assert resumed == run_id
+    run = store.client.get_run(run_id)
+    assert (run.info.status, run.data.params["seed"]) == ("RUNNING", "0")
+    second = RunTracker(store.uri, run_id, History(path))
+    second.start()
+    second.add(records(21, 40))
+    second.add([record(41, **{"eval/accuracy": 0.5, "a?b": 1.0, "../up": 2.0, "x" * 300: 3.0})])
+    assert second.close(60.0)
+    assert replay(store.uri, run_id, path)
+    assert mlflow_store.close_run(store.uri, run_id, "FINISHED")
+
+    assert points(store, run_id, "train/loss") == [(r["step"], r["time_ms"], 1 / r["step"]) for r in records(1, 41)]
+    assert points(store, run_id, "eval/accuracy") == [(41, 1_700_000_000_041, 0.5)]
+    latest = store.client.get_run(run_id).data.metrics
+    assert (latest["a_b"], latest["up"], latest["x" * 250]) == (1.0, 2.0, 3.0)
+    assert store.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_record_larger_than_a_request_counts_only_when_whole(store: SimpleNamespace) -> None:
+    sink = mlflow_store.RunMetrics(store.uri, store.run_id)
+    huge = record(1, **{f"sparsity/{i}": float(i) for i in range(1500)})
+    assert mlflow_store._entities(huge)[-1].key == PROGRESS_METRIC
+    store.client.log_batch(store.run_id, metrics=mlflow_store._entities(huge)[:1000])  # what a lost connection leaves
+    assert sink.last_step() == 0
+    sink.send([huge])
+    assert sink.last_step() == 1
+    assert points(store, store.run_id, "sparsity/7") == [(1, 1_700_000_000_001, 7.0)]
+    assert points(store, store.run_id, "sparsity/1499") == [(1, 1_700_000_000_001, 1499.0)]
+
+
+def test_bad_metrics_are_refused_but_a_deleted_run_is_an_outage(store: SimpleNamespace) -> None:
+    run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
+    sink = mlflow_store.RunMetrics(store.uri, run_id)
+    bad: Record = {"step": 1, "time_ms": -1, "metrics": {"train/loss": 1.0}}
+    with pytest.raises(RefusedError):
+        sink.send([bad])
+    store.client.delete_run(run_id)
+    with pytest.raises(Exception, match="active") as caught:
+        sink.send(records(1, 1))
+    assert not isinstance(caught.value, RefusedError)
+
+    replaced = open_run(store.uri, store.plan, run_id=run_id, job_yaml=JOB_YAML, command=COMMAND)
+    assert replaced != run_id
+    unknown = open_run(store.uri, store.plan, run_id="0" * 32, job_yaml=JOB_YAML, command=COMMAND)
+    assert unknown not in (run_id, replaced)
+
+
+def test_deleted_experiment_is_restored(store: SimpleNamespace) -> None:
+    plan = plan_of(job(store.folder, tracking={"experiment": "thrown_away"}))
+    experiment_id = store.client.create_experiment("thrown_away")
+    store.client.delete_experiment(experiment_id)
+    run_id = open_run(store.uri, plan, job_yaml=JOB_YAML, command=COMMAND)
+    assert store.client.get_run(run_id).info.experiment_id == experiment_id
+
+
+def test_system_metrics_reach_the_run(store: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
+    watch = mlflow_store.SystemMetrics(store.uri, run_id)
+    for _ in range(400):
+        if "system/cpu_utilization_percentage" in store.client.get_run(run_id).data.metrics:
+            break
+        threading.Event().wait(0.05)
+    assert watch.alive
+    watch.stop(timeout_s=30.0)
+    assert not watch.alive
+    assert 0 <= store.client.get_run(run_id).data.metrics["system/cpu_utilization_percentage"] <= 100
+
+
+def test_unreachable_server_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RunError, match=r"tracking.uri: http://ann:\*\*\*@127.0.0.1:9 cannot be used") as caught:
+        open_run("http://ann:hunter2@127.0.0.1:9", plan_of(job(tmp_path)), job_yaml=JOB_YAML, command=COMMAND)
+    assert "hunter2" not in str(caught.value)
+    assert not mlflow_store.close_run("http://127.0.0.1:9", "0" * 32, "FINISHED", timeout_s=0.0)
+
+
+def test_git_state_of_a_dirty_repository(tmp_path: Path) -> None:
+    from temper.tracking.provenance import _git, git_state
+
+    assert git_state(tmp_path) is None
+    (tmp_path / "file").write_text("one\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-b", "main"], ["add", "file"], [*identity, "commit", "-m", "x"]):
+        assert _git(tmp_path, *arguments) is not None
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert (clean.branch, clean.dirty, clean.diff) == ("main", False, None)
+    (tmp_path / "file").write_text("two\n")
+    dirty = git_state(tmp_path)
+    assert dirty is not None
+    assert dirty.commit == clean.commit
+    assert dirty.diff is not None and "-one\n+two" in dirty.diff
+    (tmp_path / "file").write_text("x" * 2**20)
+    large = git_state(tmp_path)
+    assert large is not None
+    assert (large.dirty, large.diff) == (True, None)
+
+
+# -------------------------------------------------------------------------------------------------------------- ui
+
+
+def test_ui_of_a_server_is_its_own_address(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ui.serve_ui("https://u:p@tracking.example") == 0
+    assert capsys.readouterr().err == "MLflow: https://u:***@tracking.example\n"
+
+
+def test_ui_takes_another_port_where_one_is_taken() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert ui.free_port("127.0.0.1", port) not in (0, port)
+
+
+def test_ui_keeps_the_store_out_of_the_command_line() -> None:
+    assert ui.server_environment("postgresql://u:p@db/x")["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:p@db/x"
+    assert ui.server_environment("sqlite:////a/mlflow.db")["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == "/a/artifacts"
+    assert "127.0.0.1" in ui.server_command("127.0.0.1", 5000)
+
+
+@pytest.mark.slow
+def test_server_that_goes_down_and_comes_back_has_each_step_once(store: SimpleNamespace, tmp_path: Path) -> None:
+    """A real `mlflow server`: tracked through it, killed, started again, and stopped by the signal of `temper ui`."""
+    port = ui.free_port("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{port}"
+    with ui._server(store.uri, "127.0.0.1", port) as process:
+        ui._wait_until_healthy(address, process, threading.Event())
+        run_id = open_run(address, store.plan, job_yaml=JOB_YAML, command=COMMAND)
+        tracker = RunTracker(address, run_id, History(tmp_path / "h"))
+        tracker.start()
+        tracker.add(records(1, 1200))
+        while not points(store, run_id, "train/loss"):
+            threading.Event().wait(0.05)
+    tracker.add(records(1201, 1300))
+    with ui._server(store.uri, "127.0.0.1", port) as process:
+        ui._wait_until_healthy(address, process, threading.Event())
+        assert tracker.close(60.0)
+        assert mlflow_store.close_run(address, run_id, "FINISHED")
+    assert process.returncode is not None
+    assert [step for step, _, _ in points(store, run_id, "train/loss")] == list(range(1, 1301))
