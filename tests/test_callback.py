@@ -30,6 +30,7 @@ from ray.train.v2._internal.exceptions import (
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from temper.errors import CheckpointError, RunError
+from temper.files import write_json
 from temper.tracking import callback as callback_module
 from temper.tracking.callback import TrackingCallback, TrackingEnd, TrackingTarget, build_callbacks
 from temper.tracking.failures import describe_failure, failed_ranks, is_lost_peer
@@ -145,9 +146,9 @@ class FakeTracker:
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingTarget:
     monkeypatch.setattr(callback_module, "RunTracker", FakeTracker)
     FakeTracker.made = []
+    write_json(tmp_path / "run.json", {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
     return TrackingTarget(
-        uri="sqlite:////nowhere/mlflow.db",
-        run_id="run",
+        run_record=str(tmp_path / "run.json"),
         history_path=str(tmp_path / "phases" / "history.jsonl"),
         failures_path=str(tmp_path / "run" / "failures.jsonl"),
         system_metrics=True,
@@ -222,6 +223,17 @@ def test_callbacks_travel_to_the_controller_together(target: TrackingTarget) -> 
     asyncio.run(end.before_controller_shutdown())
     end.before_controller_abort()
     assert tracker.closed == [15.0, 5.0]
+
+
+def test_records_wait_in_the_history_until_the_run_is_open(target: TrackingTarget) -> None:
+    write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": False})
+    tracking = TrackingCallback(target)
+    tracking.after_report(None, [{"records": [record(1)]}], None)
+    assert FakeTracker.made == []
+    write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
+    tracking.after_report(None, [{"records": [record(2)]}], None)
+    assert FakeTracker.made[0].started
+    assert [item["step"] for item in read_history(target.history_path)] == [1, 2]
 
 
 def test_the_end_of_a_run_without_a_report_is_quiet(target: TrackingTarget) -> None:

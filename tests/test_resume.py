@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from distributed import run_distributed
 from engine_cases import STEPS, Case, train_case
-
 from temper.checkpoint import MASTER, CheckpointReader, model_state
 
 HALF = STEPS // 2

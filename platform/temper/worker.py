@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from temper.data.batches import Batch, DataState, eval_batches, train_batches
 from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.deepspeed_engine import DeepSpeedEngine
-from temper.engine.deepspeed_setup import prepare
+from temper.engine.deepspeed_setup import device_of, prepare
 from temper.evaluation import evaluate
 from temper.files import write_json
 from temper.loop import Calendar, Record, Reporter, TrainState, train
@@ -38,14 +39,15 @@ from temper.targets import apply_target_folders
 
 def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
     """Trains one phase on this rank, resuming from its newest sound checkpoint. Collective over all workers."""
-    rank = dist.get_rank()
+    rank = int(os.environ["RANK"])
     _redirect_output(spec.run_folder / "logs" / f"rank-{rank}.log")
     apply_target_folders([Path(folder) for folder in spec.import_folders])
     stage = _stage_writer(spec.run_folder, rank)
     stage(f"loading {spec.plan.job.data.kind}")
     prepare(spec.plan.mesh.device)
     try:
-        _Worker(spec, rank, stage).run(report)
+        with _process_group(spec.plan.mesh.device):
+            _Worker(spec, rank, stage).run(report)
     except Exception as error:
         # Ray Train takes the traceback off on the way to the controller; a note stays.
         error.add_note(traceback.format_exc())
@@ -191,12 +193,23 @@ class _Worker:
         self.stage("finished")
 
 
+@contextmanager
+def _process_group(device: str) -> Iterator[None]:
+    """The group of all ranks, which the environment describes."""
+    device_of(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def _redirect_output(path: Path) -> None:
     """Sends what this process prints, its libraries' C code included, to the run's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", buffering=1)
     # Ray writes every report, with all of its records, at level INFO.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(log.fileno(), 1)

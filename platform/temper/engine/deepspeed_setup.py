@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,14 +34,9 @@ def prepare(device: str) -> None:
 
 def _import_deepspeed() -> Any:
     """DeepSpeed's autotuner imports mlflow if it can, which is three quarters of DeepSpeed's import time."""
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
+    hidden = {} if "mlflow" in sys.modules else {"mlflow": None}
+    with mock.patch.dict(sys.modules, hidden):
         return importlib.import_module("deepspeed")
-    finally:
-        if hidden:
-            del sys.modules["mlflow"]
 
 
 def _import_muon() -> None:
@@ -48,11 +44,8 @@ def _import_muon() -> None:
 
     Decorating alone imports torch's compiler, for 2 s. temper has no Muon, so the decorator may do nothing.
     """
-    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda wrapped: wrapped)
-    try:
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compile_
 
 
 def device_of(kind: str) -> torch.device:

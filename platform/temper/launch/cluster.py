@@ -24,7 +24,12 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # An embedded Ray has no nodes that could be taken away.
-EMBEDDED_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+EMBEDDED_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray would start a process for each CPU in advance, and then others, since Ray Train's have an environment of
+    # their own.
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 def check_address(address: str) -> None:

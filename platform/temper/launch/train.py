@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +39,6 @@ from temper.run_folder import (
     STOP,
     WorkerSpec,
 )
-from temper.tracking.callback import TrackingTarget, build_callbacks
 from temper.tracking.delivery import replay
 from temper.tracking.history import HistoryTail
 from temper.tracking.mlflow_store import RunStatus, close_run, open_run, tracking_uri
@@ -84,6 +83,14 @@ class TrainResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """An MLflow run: its id, and the store that has it."""
+
+    uri: str
+    run_id: str
+
+
 class RunInterrupted(TemperError):
     """The user stopped the run; its state is saved and the same command goes on from it."""
 
@@ -110,7 +117,9 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
             _forget(plan)
         phase = plan.phases[0]
         reused = read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
-        if not reused:
+        if reused:
+            _deliver_late(plan, phase, options.command)
+        else:
             _run(plan, phase, job_folder, options, stack)
         return _result(plan, reused, time.perf_counter() - started)
 
@@ -148,31 +157,28 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
     _prepare_folder(plan)
     display = stack.enter_context(_display(options.display, plan))
     display.stage("starting Ray")
-    uri = tracking_uri(plan.job)
-    with ThreadPoolExecutor(2) as background:
-        # Each takes seconds, mostly of waiting: Ray's processes, a new MLflow database, the import of the trainer.
-        opening = background.submit(_open_run, uri, plan, options.command)
-        background.submit(_import_trainer)
-        if options.address == "local":
-            stack.enter_context(ray_session("local", plan.run_folder / "logs"))
-        run_id = opening.result()
+    # Seconds of work, while Ray's own start is seconds of waiting for its processes.
+    threading.Thread(target=_import_trainer, daemon=True).start()
+    if options.address == "local":
+        stack.enter_context(ray_session("local", plan.run_folder / "logs"))
     ingest(plan.job.data, plan.data, Path(plan.job.storage))
     spec = WorkerSpec(plan, phase, _import_folders(job_folder))
+    tracking = _Tracking(plan, options.command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
     status: RunStatus = "FAILED"
     try:
         with _stop_on_signal(plan.run_folder / STOP, display) as stop:
-            _fit(spec, uri, run_id, display)
+            _fit(spec, display, tracking, embedded=options.address == "local")
         if stop.is_set() and not (spec.phase_folder / PHASE_MANIFEST).exists():
             status = "KILLED"
             raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
         status = "FINISHED"
     finally:
-        _settle(uri, run_id, spec, status, display)
+        tracking.settle(phase, status, display)
 
 
 def _import_trainer() -> None:
-    import ray.train.torch  # noqa: F401
+    import temper.launch.trainer  # noqa: F401
 
 
 def _prepare_folder(plan: Plan) -> None:
@@ -180,10 +186,41 @@ def _prepare_folder(plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP, STAGES, FAILURES):
         (folder / name).unlink(missing_ok=True)
+    known = read_json(folder / RUN)
+    if known is not None:
+        write_json(folder / RUN, {**known, "open": False, "delivered": False})
     for place in (folder, *(plan.phase_folder(phase) for phase in plan.phases)):
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(job_to_yaml(plan.job))
         write_json(place / PLAN, plan.to_dict())
+
+
+class _Tracking:
+    """The MLflow run, opened beside the training.
+
+    A new database takes seconds of a core, and no worker waits for it: the first step comes first, and what is
+    reported before the run is open is in the history.
+    """
+
+    def __init__(self, plan: Plan, command: str) -> None:
+        self._plan, self._command = plan, command
+        self._opening: Future[TrackedRun] | None = None
+
+    def open(self) -> Future[TrackedRun]:
+        """Begins to open the run; does nothing the second time."""
+        if self._opening is None:
+            executor = ThreadPoolExecutor(1)
+            self._opening = executor.submit(_open_run, self._plan, self._command)
+            executor.shutdown(wait=False)
+        return self._opening
+
+    def settle(self, phase: PhasePlan, status: RunStatus, display: Display) -> None:
+        """Completes what MLflow knows, with the terminal status. A dead server must not hide the result."""
+        try:
+            if not _deliver(self.open().result(), self._plan, phase, status):
+                raise RunError("the store did not take the end of the run in time")
+        except RunError as error:
+            display.note(f"MLflow lacks what the history of this run has ({error}); the same command delivers it later")
 
 
 @contextmanager
@@ -195,14 +232,14 @@ def _display(mode: DisplayMode, plan: Plan) -> Iterator[Display]:
         display.close()
 
 
-def _open_run(uri: str, plan: Plan, command: str) -> str:
+def _open_run(plan: Plan, command: str) -> TrackedRun:
     """The MLflow run of this run folder: a new one, or the one that a broken attempt left."""
-    record = plan.run_folder / RUN
-    known = read_json(record) or {}
+    uri = tracking_uri(plan.job)
+    known = read_json(plan.run_folder / RUN) or {}
     run_id = known.get("run_id") if known.get("uri") == uri else None
-    run_id = open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command)
-    write_json(record, {"run_id": run_id, "uri": uri, "fingerprint": plan.fingerprint})
-    return run_id
+    run = TrackedRun(uri, open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command))
+    write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
+    return run
 
 
 def _import_folders(job_folder: Path) -> tuple[str, ...]:
@@ -232,13 +269,15 @@ def _stop_on_signal(stop_file: Path, display: Display) -> Iterator[threading.Eve
             signal.signal(number, handler)
 
 
-def _fit(spec: WorkerSpec, uri: str, run_id: str, display: Display) -> None:
+def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: bool) -> None:
     """Runs the trainer beside this thread, which shows what comes in."""
     outcome: list[BaseException] = []
 
     def fit() -> None:
+        from temper.launch.trainer import build_trainer
+
         try:
-            _build_trainer(spec, uri, run_id).fit()
+            build_trainer(spec, embedded=embedded).fit()
         except BaseException as error:
             outcome.append(error)
 
@@ -251,7 +290,10 @@ def _fit(spec: WorkerSpec, uri: str, run_id: str, display: Display) -> None:
         for stage in stages[num_stages:]:
             display.stage(stage["text"])
         num_stages = len(stages)
-        display.records(history.poll())
+        records = history.poll()
+        if records:
+            tracking.open()
+        display.records(records)
         if not running:
             break
         time.sleep(POLL_S)
@@ -268,54 +310,17 @@ def _failure_text(run_folder: Path, error: BaseException) -> str:
     return f"rank {last['rank']}: {last['type']}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
 
 
-def _build_trainer(spec: WorkerSpec, uri: str, run_id: str) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-
-    parallel, on_gpu = spec.plan.job.parallel, spec.plan.mesh.device == "cuda"
-    resources = {"CPU": parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
-    return TorchTrainer(
-        _train_loop,
-        train_loop_config={"spec": spec},
-        scaling_config=ScalingConfig(
-            num_workers=spec.plan.mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str(spec.run_folder / "ray"),
-            failure_config=FailureConfig(max_failures=parallel.max_restarts),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=build_callbacks(
-                TrackingTarget(
-                    uri=uri,
-                    run_id=run_id,
-                    history_path=str(spec.phase_folder / HISTORY),
-                    failures_path=str(spec.run_folder / FAILURES),
-                    system_metrics=spec.plan.job.tracking.system_metrics,
-                )
-            ),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+def _deliver(run: TrackedRun, plan: Plan, phase: PhasePlan, status: RunStatus) -> bool:
+    delivered = replay(run.uri, run.run_id, plan.phase_folder(phase) / HISTORY) and close_run(
+        run.uri, run.run_id, status
     )
+    write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
+    return delivered
 
 
-def _train_loop(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker."""
-    import ray.train
-
-    from temper.loop import Interrupted
-    from temper.worker import work
-
-    try:
-        work(config["spec"], lambda records: ray.train.report({"records": records}))
-    except Interrupted:
-        # The state is saved. To raise would make Ray start the workers again.
-        return
-
-
-def _settle(uri: str, run_id: str, spec: WorkerSpec, status: RunStatus, display: Display) -> None:
-    """Completes what MLflow knows and gives the run its terminal status. A dead server must not hide the result."""
-    delivered = replay(uri, run_id, spec.phase_folder / HISTORY)
-    if not (close_run(uri, run_id, status) and delivered):
-        display.note("MLflow did not take the end of this run; the next `temper train` of this job delivers it")
+def _deliver_late(plan: Plan, phase: PhasePlan, command: str) -> None:
+    """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
+    known = read_json(plan.run_folder / RUN) or {}
+    if not known.get("delivered"):
+        _prepare_folder(plan)
+        _deliver(_open_run(plan, command), plan, phase, "FINISHED")

@@ -19,6 +19,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 
 from temper.errors import RunError
+from temper.files import read_json
 from temper.tracking.delivery import RunTracker
 from temper.tracking.failures import describe_failure, failed_ranks, unwrap
 from temper.tracking.history import History
@@ -31,13 +32,13 @@ _ABORT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class TrackingTarget:
-    """Where one phase's records and failures go: `run_id` of MLflow at `uri`, and two files.
+    """Where one phase's records and failures go.
 
-    `system_metrics`: whether the use of the machine is logged to the run as well.
+    `run_record` is the file in which the driver writes down the MLflow run as soon as it is open: workers start
+    meanwhile, and what they report before is in the history. `system_metrics`: log the machine's too.
     """
 
-    uri: str
-    run_id: str
+    run_record: str
     history_path: str
     failures_path: str
     system_metrics: bool
@@ -54,13 +55,19 @@ class TrackingCallback(UserCallback):
 
     def __init__(self, target: TrackingTarget) -> None:
         self.target = target
+        self._history: History | None = None
         self._tracker: RunTracker | None = None
         self._failures: list[dict[str, Any]] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Never raises: a fault in tracking must not end the training."""
         try:
-            self._open().add(metrics[0].get("records", []))
+            records = metrics[0].get("records", [])
+            history, tracker = self._open()
+            if tracker is None:
+                history.append(records)
+            else:
+                tracker.add(records)
         except Exception:
             log.exception("a report could not be tracked")
 
@@ -80,21 +87,24 @@ class TrackingCallback(UserCallback):
 
     def close(self, timeout_s: float) -> bool:
         """Deliver what is left; true when the store has everything. Never raises."""
-        if self._tracker is None:
-            return True
         try:
-            return self._tracker.close(timeout_s)
+            if self._history is None:
+                return True
+            _, tracker = self._open()
+            return tracker is not None and tracker.close(timeout_s)
         except Exception:
             log.exception("tracking did not end in order")
             return False
 
-    def _open(self) -> RunTracker:
-        if self._tracker is None:
-            target = self.target
-            history = History(target.history_path)
-            self._tracker = RunTracker(target.uri, target.run_id, history, system_metrics=target.system_metrics)
+    def _open(self) -> tuple[History, RunTracker | None]:
+        """The history and, once the run is open, its tracker, which first delivers what the history holds."""
+        if self._history is None:
+            self._history = History(self.target.history_path)
+        if self._tracker is None and (run := read_json(Path(self.target.run_record))) and run.get("open"):
+            watched = self.target.system_metrics
+            self._tracker = RunTracker(run["uri"], run["run_id"], self._history, system_metrics=watched)
             self._tracker.start()
-        return self._tracker
+        return self._history, self._tracker
 
     def _write_failures(self, errors: Mapping[int, BaseException]) -> None:
         time_ms = time.time_ns() // 1_000_000

@@ -1,0 +1,136 @@
+"""Ray Train as temper uses it: one worker group that calls :func:`temper.worker.work`, and nothing beyond need.
+
+Each process that Ray starts costs a second or two of an idle core, one after the other. Ray Train starts three that
+are of use only to others: one serves Ray Datasets to the workers, and temper's workers read their own; one frees the
+resources of a controller that died, and one asks a cluster's autoscaler for nodes, and an embedded Ray ends with the
+command and has one node. Nor is torch imported in the driver and the controller, as `TorchTrainer` would: the workers
+are told of each other here, and form their process group themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.util
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from temper.run_folder import FAILURES, HISTORY, RUN, WorkerSpec
+from temper.tracking.callback import TrackingTarget, build_callbacks
+
+
+class ProcessGroupBackend(Backend):
+    """Tells each worker where rank 0 listens and which rank it is, in the variables that torch.distributed reads."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _address_and_port)
+        worker_group.execute(_set_rank_environment, address, port)
+
+
+@dataclass
+class ProcessGroupConfig(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return ProcessGroupBackend
+
+
+def _address_and_port() -> tuple[str, int]:
+    """An address of this node that the other workers reach, and a free port."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+
+def _set_rank_environment(address: str, port: int) -> None:
+    context = ray.train.get_context()
+    os.environ.update(
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        RANK=str(context.get_world_rank()),
+        WORLD_SIZE=str(context.get_world_size()),
+        LOCAL_RANK=str(context.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+        NODE_RANK=str(context.get_node_rank()),
+    )
+
+
+class LeanTrainer(DataParallelTrainer):
+    """A data-parallel trainer without the actor for Ray Datasets."""
+
+    unused: tuple[type, ...] = (DatasetsCallback,)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [item for item in super()._create_default_callbacks() if not isinstance(item, self.unused)]
+
+
+class EmbeddedTrainer(LeanTrainer):
+    """For an embedded Ray: without the cleaner of placement groups and the autoscaler's coordinator."""
+
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["scaling_policy"] = UnscaledPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class UnscaledPolicy(FixedScalingPolicy):
+    """As many workers as asked for, from the resources that are there."""
+
+    def _send_resource_request(self) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+    def _cancel_resource_request(self) -> None: ...
+
+
+def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
+    """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
+    parallel, on_gpu = spec.plan.job.parallel, spec.plan.mesh.device == "cuda"
+    resources = {"CPU": parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    target = TrackingTarget(
+        run_record=str(spec.run_folder / RUN),
+        history_path=str(spec.phase_folder / HISTORY),
+        failures_path=str(spec.run_folder / FAILURES),
+        system_metrics=spec.plan.job.tracking.system_metrics,
+    )
+    return (EmbeddedTrainer if embedded else LeanTrainer)(
+        _train_loop,
+        train_loop_config={"spec": spec},
+        backend_config=ProcessGroupConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=spec.plan.mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # Ray's own record of an attempt; checkpoints are temper's, so that none is ever read from here.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(spec.run_folder / "ray"),
+            failure_config=FailureConfig(max_failures=parallel.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=build_callbacks(target),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker."""
+    from temper.loop import Interrupted
+    from temper.worker import work
+
+    try:
+        work(config["spec"], lambda records: ray.train.report({"records": records}))
+    except Interrupted:
+        # The state is saved. To raise would make Ray start the workers again.
+        return
