@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distributed import run_distributed
-from engine_cases import STEPS, Case, build_net, reference, train_case
+from engine_cases import STEPS, Case, build_batches, build_engine, build_net, reference, step, train_case
 from temper.checkpoint import CheckpointReader, model_state
 
 WORLD_SIZES = (1, 2)
@@ -100,3 +101,23 @@ def test_gradient_norm_is_global_and_from_before_clipping(trained: Any, workers:
     assert max(norms[0]) > 0.5
     for values in norms[1:]:
         assert values == pytest.approx(norms[0], rel=1e-4)
+
+
+def _evaluate_between(rank: int) -> list[list[float]]:
+    """Losses of the same steps with and without an evaluation between them, on a network with dropout."""
+    runs = []
+    for evaluated in (False, True):
+        case = Case(zero=2)
+        engine, batch = build_engine(case, 2, nn.Sequential(build_net(), nn.Dropout(0.5)))
+        losses = []
+        for number in range(4):
+            losses.append(float(step(engine, batch, case, number).loss))
+            if evaluated:
+                engine.predict(build_batches()[0][0])
+        runs.append(losses)
+    return runs
+
+
+def test_an_evaluation_leaves_training_as_it_was() -> None:
+    without, between = run_distributed(_evaluate_between, 2)[0]
+    assert without == between

@@ -208,8 +208,10 @@ def _redirect_output(path: Path) -> None:
     """Sends what this process prints, its libraries' C code included, to the run's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", buffering=1)
-    # Ray writes every report, with all of its records, at level INFO.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    # Ray says every report, with all of its records, at level INFO.
+    for handler in logging.getLogger("ray.train").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(log.fileno(), 1)

@@ -80,7 +80,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
         torch.manual_seed(seed)
         scale = self._loss_scale()
-        if not self._engine.training:
+        # Of the module: DeepSpeed's engine hands `train` and `eval` on and keeps no mode of its own.
+        if not self.module.training:
             self._engine.train()
         sums: dict[str, Tensor] = {}
         for micro_inputs, micro_targets in self._micro_batches(inputs, targets):
@@ -120,7 +121,7 @@ class DeepSpeedEngine:
         return self._grad_norm if self._grad_norm is not None else self._engine.get_global_grad_norm()
 
     def predict(self, inputs: Tensor) -> Any:
-        if self._engine.training:
+        if self.module.training:
             self._engine.eval()
         with torch.no_grad():
             return self._engine.module(self._prepared(inputs))

@@ -21,6 +21,8 @@ RAY_ENVIRONMENT = {
     # Paths in a job are relative to where the command was typed.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # What a worker prints goes to its own log, once.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # An embedded Ray has no nodes that could be taken away.
