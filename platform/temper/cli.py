@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong job or command line, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     try:
@@ -33,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error, options)
     except TemperError as error:
         _say(f"temper {options.command}: {error}")
-        _print_json(options, {"status": "failed", "error": str(error)})
+        status = "interrupted" if error.exit_code == EXIT_INTERRUPTED else "failed"
+        _print_json(options, {"status": status, "error": str(error)})
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say(f"temper {options.command}: interrupted")
+        _print_json(options, {"status": "interrupted", "error": "stopped at once"})
         return EXIT_INTERRUPTED
 
 
@@ -137,6 +139,18 @@ def _typed(command: str, options: argparse.Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of one command. Exits with code 2 for what is none."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes a list of positionals up to the first flag only: `train JOB --json key=value` leaves the rest.
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ REPORT_INTERVAL_S = 2.0
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that is resumable beside tensors. `step` counts global batches, `applied` those that changed the weights."""
+    """All that is resumable beside tensors.
+
+    `step` counts global batches, `applied` those that changed the weights; `seconds` is the time that steps took.
+    """
 
     step: int = 0
     applied: int = 0
@@ -121,6 +125,13 @@ class Reporter:
         """Adds results of an evaluation to the record of `step`."""
         self._extra.setdefault(step, {}).update(metrics)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in this block is not training: it does not count in the time of a step."""
+        began = time.perf_counter()
+        yield
+        self._flushed_at += time.perf_counter() - began
+
     def due(self, step: int) -> bool:
         return step >= self._next_report
 
@@ -192,17 +203,16 @@ def train(
         lr = lr_at(state.applied)
         result = engine.step(batch.inputs, batch.targets, lr=lr, seed=step_seed(seed, state.step, rank))
         state = state.after(result, time.perf_counter() - started)
-        started = time.perf_counter()
         reporter.add(state, result, lr)
         if calendar.evaluates(state.step):
-            reporter.add_metrics(state.step, evaluate(state.step))
-        if calendar.saves(state.step):
+            with reporter.paused():
+                reporter.add_metrics(state.step, evaluate(state.step))
+        if calendar.saves(state.step) or reporter.due(state.step):
             reporter.flush(state.step)
-            save(state)
-        elif reporter.due(state.step):
-            reporter.flush(state.step)
-            if reporter.stop:
+        if calendar.saves(state.step) or reporter.stop:
+            with reporter.paused():
                 save(state)
         if reporter.stop and state.step < calendar.last_step:
             raise Interrupted
+        started = time.perf_counter()
     return state

@@ -28,6 +28,7 @@ from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.engine.deepspeed_setup import device_of, prepare
 from temper.evaluation import evaluate
 from temper.files import write_json
+from temper.locks import awaited
 from temper.loop import Calendar, Record, Reporter, TrainState, train
 from temper.losses import build_loss
 from temper.metrics import build_metrics
@@ -45,8 +46,9 @@ def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
     stage = _stage_writer(spec.run_folder, rank)
     stage(f"loading {spec.plan.job.data.kind}")
     prepare(spec.plan.mesh.device)
+    earlier = awaited(spec.plan.lock(spec.phase, rank), lambda: stage("waiting for the end of an earlier attempt"))
     try:
-        with _process_group(spec.plan.mesh.device):
+        with earlier, _process_group(spec.plan.mesh.device):
             _Worker(spec, rank, stage).run(report)
     except Exception as error:
         # Ray Train takes the traceback off on the way to the controller; a note stays.

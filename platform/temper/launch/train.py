@@ -23,9 +23,9 @@ from temper.config.load import job_to_yaml
 from temper.config.schema import JobConfig
 from temper.errors import RunError, TemperError
 from temper.files import read_json, read_lines, write_json
-from temper.launch.claim import claimed
 from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
 from temper.launch.ingest import ingest
+from temper.locks import claimed
 from temper.plan.build import Plan, build_plan
 from temper.plan.phases import PhasePlan
 from temper.run_folder import (
@@ -112,10 +112,10 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
         if options.address != "local":
             stack.enter_context(ray_session(options.address, Path(job.storage) / "logs"))
         plan = build_plan(job, cluster_shape(options.address), job_folder)
-        stack.enter_context(claimed(plan.run_folder / "lock", f"{job.name} ({plan.run_folder.name})"))
+        phase = plan.phases[0]
+        stack.enter_context(claimed(plan.lock(phase), f"{phase.name} of {job.name}, {phase.fingerprint[:10]},"))
         if options.fresh:
             _forget(plan)
-        phase = plan.phases[0]
         reused = read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
         if reused:
             _deliver_late(plan, phase, options.command)

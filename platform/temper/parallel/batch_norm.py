@@ -24,11 +24,13 @@ class GlobalBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm expects (N, C, …), got {tuple(input.shape)}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> GlobalBatchNorm:
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
+        for name, buffer in before.items():
             # `module.half()` must not round the running statistics: their updates are smaller than fp16 resolves.
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.float()
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.is_floating_point() and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device, torch.float32)
         return self
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,12 +127,15 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def apply_global_batch_norm(model: nn.Module) -> nn.Module:
-    """Replaces every batch norm in `model` by :class:`GlobalBatchNorm`, keeping parameters, buffers and names."""
-    for name, child in model.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
-            setattr(model, name, _converted(child))
-        else:
-            apply_global_batch_norm(child)
+    """Replaces every batch norm in `model` by :class:`GlobalBatchNorm`, keeping parameters, buffers and names.
+
+    A norm that `model` uses under several names stays one module.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
+                parent._modules[name] = replaced.setdefault(child, _converted(child))
     return model
 
 

@@ -50,6 +50,12 @@ class Plan:
         """The phase's place in the store: checkpoint, history and manifest, shared by every job that has this phase."""
         return Path(self.job.storage) / "phases" / phase.fingerprint
 
+    def lock(self, phase: PhasePlan, rank: int | None = None) -> Path:
+        """Held by the command that runs the phase, and one for each rank that writes it. Beside the phase's folder,
+        so that it outlives a phase that is computed anew."""
+        suffix = ".lock" if rank is None else f".rank-{rank}.lock"
+        return self.phase_folder(phase).with_name(phase.fingerprint + suffix)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, for `temper plan --json` and the run's artifacts."""
         return {

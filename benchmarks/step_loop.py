@@ -1,0 +1,208 @@
+"""What temper's step loop costs over a hand-written DeepSpeed loop: same model, data, DeepSpeed configuration, one run.
+
+    python benchmarks/step_loop.py [--repeats 5] [--steps 200]
+
+Both loops run in the same two gloo ranks, in turns, so that whatever else the machine does hits both. Each block
+trains `--steps` steps; the first steps of a block are not counted. Printed are the medians over the blocks, and the
+ratio of temper's to the other; the last line is JSON. temper's loop is the real `temper.loop.train` with the real
+engine, data iterator and reporter; what is left out on both sides is what happens between steps: evaluation,
+checkpoints, Ray's transport of a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from temper.config.schema import JobConfig
+from temper.data.batches import train_batches
+from temper.data.sources import load_splits
+from temper.engine.deepspeed_engine import DeepSpeedEngine
+from temper.engine.deepspeed_setup import prepare
+from temper.loop import Calendar, Reporter, TrainState, train
+from temper.losses import build_loss
+from temper.models.build import build_model
+from temper.optim import build_optimizer
+from temper.plan.deepspeed_config import deepspeed_config
+from temper.plan.facts import data_facts
+from temper.plan.mesh import MeshPlan, plan_batch
+from temper.schedules import build_schedule
+
+WORKERS = 2
+WARM_UP = 20
+# Widths of an MLP that make a step of about 2, 5 and 20 ms on one core; the target holds from 5 ms on.
+SIZES = {"2 ms": [512, 512], "5 ms": [1024, 1024], "20 ms": [2048, 2048, 1024]}
+
+
+def build_job(hidden: list[int]) -> JobConfig:
+    return JobConfig.model_validate(
+        {
+            "name": "step_loop",
+            "model": {"kind": "mlp", "hidden": hidden},
+            "data": {"kind": "synthetic", "shape": [1, 16, 16], "global_batch": 128, "train_examples": 4096},
+            "optimizer": {"kind": "adamw", "lr": 1.0e-3, "clip_norm": 1.0},
+            "parallel": {"workers": WORKERS, "zero": 2, "cpus_per_worker": 0.5},
+            "budget": {"steps": 1_000_000},
+        }
+    )
+
+
+class Contest:
+    """One model size: the same initial network twice, once in each loop, on the same batches."""
+
+    def __init__(self, hidden: list[int], rank: int) -> None:
+        self.rank = rank
+        self.job = build_job(hidden)
+        self.facts = data_facts(self.job.data, Path.cwd())
+        self.split = load_splits(self.job.data, Path.cwd(), self.facts)["train"]
+        self.batch, self.mesh = plan_batch(128, WORKERS), MeshPlan(WORKERS, 1, "cpu")
+        self.loss = build_loss(self.job.loss)
+        self.engine = DeepSpeedEngine(self._model(), self.loss, self.job, self.batch, self.mesh, self._config())
+        self.by_hand = self._engine_by_hand()
+
+    def _model(self) -> nn.Module:
+        return build_model(self.job.model, self.facts, 0)
+
+    def _config(self) -> dict[str, Any]:
+        trainable = sum(param.numel() for param in self._model().parameters())
+        return deepspeed_config(self.job, self.batch, self.mesh, trainable)
+
+    def _engine_by_hand(self) -> Any:
+        import deepspeed
+
+        model = self._model()
+        optimizer = build_optimizer(self.job.optimizer, model.parameters())
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._config(), dist_init_required=False
+        )
+        return engine
+
+    def _batches(self, steps: int) -> Iterator[Any]:
+        return train_batches(
+            self.job.data,
+            self.split,
+            self.facts,
+            seed=0,
+            batch=self.batch,
+            rank=self.rank,
+            world_size=WORKERS,
+            first_step=0,
+            last_step=steps,
+        )
+
+    def run_by_hand(self, steps: int) -> float:
+        """Milliseconds a step of the loop as DeepSpeed's documentation has it, with the loss printed now and then."""
+        losses: list[Tensor] = []
+        started = 0.0
+        for number, (batch, _) in enumerate(self._batches(steps)):
+            if number == WARM_UP:
+                started = time.perf_counter()
+            loss = nn.functional.cross_entropy(self.by_hand(batch.inputs), batch.targets)
+            self.by_hand.backward(loss)
+            self.by_hand.step()
+            losses.append(loss.detach())
+        return (time.perf_counter() - started) * 1000 / (steps - WARM_UP)
+
+    def run_temper(self, steps: int) -> float:
+        """Milliseconds a step of `temper.loop.train`."""
+        marks: list[float] = []
+        reporter = Reporter(
+            lambda records: None,
+            lambda: False,
+            first_step=0,
+            rank=self.rank,
+            world_size=WORKERS,
+            global_batch=128,
+            record_every=1,
+            device=torch.device("cpu"),
+        )
+        factor = build_schedule(self.job.optimizer.schedule, steps)
+
+        def batches() -> Iterator[Any]:
+            for number, item in enumerate(self._batches(steps)):
+                if number == WARM_UP:
+                    marks.append(time.perf_counter())
+                yield item
+
+        train(
+            self.engine,
+            batches(),
+            TrainState(),
+            calendar=Calendar(steps + 1, 0, 0),
+            lr_at=lambda applied: self.job.optimizer.lr * factor(applied),
+            seed=0,
+            rank=self.rank,
+            reporter=reporter,
+            evaluate=lambda step: {},
+            save=lambda state: None,
+        )
+        return (time.perf_counter() - marks[0]) * 1000 / (steps - WARM_UP)
+
+
+def contest(rank: int, port: int, repeats: int, steps: int, output: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    prepare("cpu")
+    results = {}
+    for name, hidden in SIZES.items():
+        pair = Contest(hidden, rank)
+        blocks: dict[str, list[float]] = {"by hand": [], "temper": []}
+        for repeat in range(repeats + 1):
+            runs = [("by hand", pair.run_by_hand), ("temper", pair.run_temper)]
+            for kind, run in runs if repeat % 2 else reversed(runs):
+                dist.barrier()
+                milliseconds = run(steps)
+                if repeat > 0:  # the first block of each is for caches
+                    blocks[kind].append(milliseconds)
+        results[name] = blocks
+    if rank == 0:
+        Path(output).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/results.json"
+        mp.spawn(contest, args=(port, options.repeats, options.steps, output), nprocs=WORKERS, join=True)
+        results = json.loads(Path(output).read_text())
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, ZeRO-2, fp32"
+    )
+    print(f"{'step':>6}  {'by hand':>10}  {'temper':>10}  {'ratio':>6}  range of the paired ratios")
+    summary = {}
+    for name, blocks in results.items():
+        by_hand, ours = statistics.median(blocks["by hand"]), statistics.median(blocks["temper"])
+        pairs = [mine / other for mine, other in zip(blocks["temper"], blocks["by hand"], strict=True)]
+        ratio = statistics.median(pairs)
+        print(f"{name:>6}  {by_hand:7.2f} ms  {ours:7.2f} ms  {ratio:6.3f}  {min(pairs):.3f} … {max(pairs):.3f}")
+        summary[name] = {"by_hand_ms": by_hand, "temper_ms": ours, "ratio": ratio, "pairs": pairs}
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Locks that die with their holder: the operating system drops them when a process ends, however it ends.
+
+A phase is written by one command at a time, and by no worker of an earlier attempt that has not yet noticed its end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from temper.errors import RunError
+
+
+@contextmanager
+def claimed(path: Path, what: str) -> Iterator[None]:
+    """Holds `path` for the block. Raises RunError where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{what} is being run by another process; wait for it, or stop it first") from None
+        yield
+
+
+@contextmanager
+def awaited(path: Path, say: Callable[[], None]) -> Iterator[None]:
+    """Holds `path` for the block; where another process holds it, calls `say` and waits for that to end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
