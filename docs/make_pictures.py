@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ from temper.tracking.progress import LiveDisplay
 
 FOLDER = Path(__file__).parent
 JOB = "jobs/digits.yaml"
-COLUMNS = 112
-WIDTH, HEIGHT = 1280, 960
+COLUMNS = 100
+SIZE = {"width": 1280, "height": 1040}
 CHROMIUM = (
     "chromium --headless --no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run --no-proxy-server "
     "--disable-background-networking --disable-component-update --hide-scrollbars --remote-debugging-port=0"
 )
+SEARCH = "input[placeholder*=charts]"
 # Without MLflow's panel for chats, and with its pages for training, not for language models.
 SETTINGS = {
     "mlflow.assistant.panelOpen_v1": "false",
@@ -58,7 +60,9 @@ def make_terminal(storage: Path) -> None:
         contextlib.redirect_stderr(end),
     ):
         code = cli.main([*command, "--fresh"])
-    console.print(end.getvalue().rstrip(), markup=False)
+    for line in end.getvalue().splitlines():
+        # As a terminal breaks lines: anywhere.
+        console.print("\n".join(textwrap.wrap(line, COLUMNS, drop_whitespace=False)), markup=False)
     if code:
         raise SystemExit(f"the run ended with code {code}: {end.getvalue()}")
     svg = console.export_svg(title="temper", theme=MONOKAI)
@@ -72,7 +76,7 @@ async def make_mlflow(storage: Path) -> None:
     experiment = build_client(storage_uri(storage)).get_run(run_id).info.experiment_id
     serve = [sys.executable, "-m", "temper", "ui", "--storage", str(storage), "--no-browser", "--port", "5017"]
     with tempfile.TemporaryDirectory() as profile:
-        browse = [*CHROMIUM.split(), f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}", "about:blank"]
+        browse = [*CHROMIUM.split(), f"--user-data-dir={profile}", "about:blank"]
         with _running(serve, r"MLflow: (\S+)") as server, _running(browse, r"listening on ws://([^/]+)") as browser:
             async with aiohttp.ClientSession() as session:
                 await _photograph(session, browser, f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics")
@@ -89,16 +93,18 @@ async def _photograph(session: aiohttp.ClientSession, browser: str, address: str
                 pass  # an event
             return dict(reply["result"])
 
+        await call("Page.enable")
+        await call("Emulation.setDeviceMetricsOverride", **SIZE, deviceScaleFactor=1, mobile=False)
         script = "".join(f"localStorage.setItem({key!r}, {value!r});" for key, value in SETTINGS.items())
         await call("Page.addScriptToEvaluateOnNewDocument", source=script)
         await call("Page.navigate", url=address)
         await asyncio.sleep(8)
-        await call(
-            "Runtime.evaluate", expression="document.querySelector('input[placeholder*=\"metric charts\"]').focus()"
-        )
+        await call("Runtime.evaluate", expression=f"document.querySelector('{SEARCH}').focus()")
         await call("Input.insertText", text="(eval|train)/")
+        # Without a mouse, charts show the buttons that else appear under it.
+        hide = "document.head.append(Object.assign(document.createElement('style'), {textContent: '.modebar {display: none}'}))"
+        await call("Runtime.evaluate", expression=f"document.activeElement.blur(); {hide}")
         await asyncio.sleep(5)
-        await call("Runtime.evaluate", expression="document.activeElement.blur()")
         picture = await call("Page.captureScreenshot", format="png")
     (FOLDER / "mlflow.png").write_bytes(base64.b64decode(picture["data"]))
 

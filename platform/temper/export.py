@@ -58,8 +58,8 @@ def find_product(reference: str, storage: Path, phase: str | None = None) -> Pro
     name = phase or list(phases)[-1]
     if name not in phases:
         raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
-    phase_folder = folder if folder.name in phases.values() else folder.parent / "phases" / phases[name]
-    return _product(phase_folder, None)
+    is_phase = folder.name in phases.values() or (folder / CHECKPOINTS).is_dir()
+    return _product(folder if is_phase else folder.parent / "phases" / phases[name], None)
 
 
 def _find_folder(reference: str, storage: Path) -> Path:
@@ -85,10 +85,16 @@ def _product(phase_folder: Path, folder: Path | None) -> Product:
     problem = check_checkpoint(folder)
     if problem is not None:
         raise CheckpointError(problem)
-    name = next(item["name"] for item in plan["phases"] if item["fingerprint"] == phase_folder.name)
+    # A folder that was copied elsewhere has another name, and still its manifest.
+    fingerprint = manifest.get("fingerprint", phase_folder.name)
+    names = [item["name"] for item in plan["phases"] if item["fingerprint"] == fingerprint]
+    if not names:
+        raise CheckpointError(
+            f"{phase_folder}: is not named by the fingerprint of a phase in its {PLAN}; rename it back"
+        )
     records = CheckpointReader(folder).records()
     metrics = records[-1]["metrics"] if records else {}
-    return Product(load_job(phase_folder / JOB), name, phase_folder.name, folder, metrics)
+    return Product(load_job(phase_folder / JOB), names[0], fingerprint, folder, metrics)
 
 
 def load_model(product: Product, job_folder: Path) -> tuple[nn.Module, DataFacts]:

@@ -78,7 +78,7 @@ class DeepSpeedEngine:
     def step(self, inputs: Tensor, targets: Tensor, *, lr: float, seed: int) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed)
+        self._seed(seed)
         scale = self._loss_scale()
         # Of the module: DeepSpeed's engine hands `train` and `eval` on and keeps no mode of its own.
         if not self.module.training:
@@ -98,6 +98,12 @@ class DeepSpeedEngine:
             applied=self._engine.was_step_applied(),
             loss_scale=scale,
         )
+
+    def _seed(self, seed: int) -> None:
+        """As `torch.manual_seed`, which takes 130 µs where there is no CUDA: it notes a traceback for each call."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self._prepared(inputs), targets.to(self.device, non_blocking=True)

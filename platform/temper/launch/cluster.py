@@ -43,7 +43,7 @@ def check_address(address: str) -> None:
 
 def _is_host_port(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    return bool(host) and port.isdigit()
+    return bool(host) and "/" not in host and port.isdigit()
 
 
 def prepare_environment(address: str) -> None:

@@ -5,14 +5,20 @@ A check is a function that returns findings; none of them changes anything.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
+import shlex
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
@@ -21,6 +27,7 @@ from typing import Any, Literal
 
 from packaging.version import Version
 
+from temper.plan.checks import check_tracking_uri
 from temper.tracking.mlflow_store import storage_uri
 from temper.tracking.redact import redact_text
 
@@ -31,17 +38,8 @@ _LARGE_WORKING_FOLDER = 100 * 2**20
 _LITTLE_SPACE = 2 * 2**30
 # Ray keeps its objects in /dev/shm; with less it falls back to the disk.
 _LITTLE_SHARED_MEMORY = 512 * 2**20
-# Not sent along by `ray job submit`: Ray leaves out what .gitignore names.
-_NOT_TRAVELLING = {
-    ".git",
-    ".venv",
-    "runs",
-    "__pycache__",
-    "node_modules",
-    ".mypy_cache",
-    ".pytest_cache",
-    ".ruff_cache",
-}
+# What Ray leaves out of a working folder by itself; beside it, what .gitignore names.
+_NOT_TRAVELLING = {".git", ".venv", "venv", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,28 @@ def _check_gpu(storage: Path) -> Iterator[Finding]:
 
 def _check_jit_locks(storage: Path) -> Iterator[Finding]:
     configured = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(configured) if configured else Path.home() / ".cache" / "torch_extensions"
-    stale = [lock for lock in folder.glob("**/lock") if time.time() - lock.stat().st_mtime > _STALE_LOCK_S]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(configured) if configured else cache / "torch_extensions"
+    stale = [lock for lock in sorted(folder.glob("**/lock")) if _age_s(lock) > _STALE_LOCK_S]
     for lock in stale:
         text = f"{lock}: left by a compilation that was killed; every later one waits for it without a word"
-        yield Finding("jit lock", "fault", text, f"rm {lock}")
+        yield Finding("jit lock", "fault", text, f"rm {shlex.quote(str(lock))}")
     if not stale:
         yield Finding("jit lock", "ok", f"none left behind in {folder}")
 
 
-def _check_storage(storage: Path) -> Iterator[Finding]:
-    existing = next(path for path in (storage.absolute(), *storage.absolute().parents) if path.exists())
+def _age_s(path: Path) -> float:
     try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # the compilation that held it has ended
+        return 0.0
+
+
+def _check_storage(storage: Path) -> Iterator[Finding]:
+    existing = storage.absolute()
+    try:
+        while not existing.exists():
+            existing = existing.parent
         with tempfile.TemporaryDirectory(dir=existing, prefix=".temper-doctor-") as folder:
             first, second = Path(folder) / "a", Path(folder) / "b"
             with first.open("w") as file:
@@ -161,45 +169,84 @@ def _check_storage(storage: Path) -> Iterator[Finding]:
 
 
 def _check_tracking(storage: Path) -> Iterator[Finding]:
+    configured = os.environ.get("MLFLOW_TRACKING_URI") or None
+    problems = check_tracking_uri(configured, "MLFLOW_TRACKING_URI") if configured else []
+    if problems:
+        yield from (
+            Finding("tracking", "fault", redact_text(str(item)), "set another one, or none") for item in problems
+        )
+        return
     uri = storage_uri(storage)
+    shown = redact_text(uri)
+    if uri.startswith("sqlite:///"):
+        yield _sqlite_finding(Path(uri.removeprefix("sqlite:///")))
+    elif uri.startswith(("http://", "https://")):
+        try:
+            yield Finding("tracking", "ok", f"{shown} answers {_health_status(uri)}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            remedy = "start the server, or unset MLFLOW_TRACKING_URI to use SQLite in the storage"
+            yield Finding("tracking", "fault", f"{shown}: {redact_text(str(error))}", remedy)
+    else:
+        yield Finding("tracking", "ok", f"{shown} (not contacted)")
+
+
+def _health_status(uri: str) -> int:
+    """What the server answers. Raises OSError, ValueError or HTTPException where there is none."""
+    parts = urllib.parse.urlsplit(uri)
+    # Without the credentials, which urllib would take for a part of the host's name.
+    host, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/") + "/health"
     try:
-        if uri.startswith("sqlite:///"):
-            yield Finding("tracking", "ok", _sqlite_state(Path(uri.removeprefix("sqlite:///"))))
-        elif uri.startswith(("http://", "https://")):
-            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
-                yield Finding("tracking", "ok", f"{redact_text(uri)} answers {answer.status}")
-        else:
-            yield Finding("tracking", "ok", f"{redact_text(uri)} (not contacted)")
-    except (OSError, urllib.error.URLError, sqlite3.Error) as error:
-        remedy = "start the server, or unset MLFLOW_TRACKING_URI to use SQLite in the storage"
-        yield Finding("tracking", "fault", f"{redact_text(uri)}: {error}", remedy)
+        with urllib.request.urlopen(f"{parts.scheme}://{host}{path}", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it is there, and wants them
+            return error.code
+        raise
 
 
-def _sqlite_state(path: Path) -> str:
+def _sqlite_finding(path: Path) -> Finding:
     if not path.exists():
-        return f"{path} will be made by the first run"
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as database:
-        runs = database.execute("select count(*) from runs").fetchone()[0]
-    return f"{path}: {runs} runs"
+        return Finding("tracking", "ok", f"{path} will be made by the first run")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+            tables = {row[0] for row in database.execute("select name from sqlite_master where type = 'table'")}
+            runs = database.execute("select count(*) from runs").fetchone()[0] if "runs" in tables else 0
+    except sqlite3.Error as error:
+        remedy = "move the file away; the next run makes a new one"
+        return Finding("tracking", "fault", f"{path}: {error}", remedy)
+    return Finding("tracking", "ok", f"{path}: {runs} run{'s' if runs != 1 else ''}")
 
 
 def _check_working_folder(storage: Path) -> Iterator[Finding]:
-    sizes = {entry.name: _size(entry) for entry in Path.cwd().iterdir() if entry.name not in _NOT_TRAVELLING}
-    total = sum(sizes.values())
+    sizes: Counter[str] = Counter()
+    for name in _listed_files(Path.cwd()):
+        if _NOT_TRAVELLING.intersection(Path(name).parts):
+            continue
+        with contextlib.suppress(OSError):  # removed meanwhile
+            sizes[Path(name).parts[0]] += os.lstat(name).st_size
+    total = sizes.total()
     if total <= _LARGE_WORKING_FOLDER:
         yield Finding("working folder", "ok", f"{_bytes(total)}; it travels with a submitted job")
         return
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    text = f"{_bytes(total)}, and all of it travels with a submitted job; largest: {', '.join(largest)}"
+    largest = ", ".join(f"{name} ({_bytes(size)})" for name, size in sizes.most_common(3))
+    text = f"{_bytes(total)}, and all of it travels with a submitted job; largest: {largest}"
     yield Finding("working folder", "warning", text, "move data elsewhere, or name it in .gitignore")
 
 
-def _size(path: Path) -> int:
-    if path.is_symlink():
-        return 0
-    if path.is_file():
-        return path.stat().st_size
-    return sum(_size(entry) for entry in path.iterdir() if entry.name not in _NOT_TRAVELLING)
+def _listed_files(folder: Path) -> list[str]:
+    """Paths of files relative to `folder`; in a git repository, without the ignored ones."""
+    try:
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        done = subprocess.run(listing, cwd=folder, capture_output=True, check=True)
+        return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return list(_walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _NOT_TRAVELLING]
+        yield from (os.path.relpath(os.path.join(place, name), folder) for name in files)
 
 
 def _check_shared_memory(storage: Path) -> Iterator[Finding]:

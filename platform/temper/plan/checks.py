@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from temper.config.explain import suggest
@@ -14,6 +15,7 @@ from temper.plan.probe import ModelFacts
 
 _MAX_STEPS = 2**40
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/:@]*):[^/]*@")
 
 
 def check_data(job: JobConfig, data: DataFacts) -> list[Problem]:
@@ -100,27 +102,29 @@ def check_storage(job: JobConfig) -> list[Problem]:
 
 def check_tracking(job: JobConfig) -> list[Problem]:
     """The tracking address, from the job or from MLFLOW_TRACKING_URI, must be of a kind that keeps what is logged."""
-    uri = job.tracking.uri
-    source = ""
-    if uri is None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or None
-        source = " (from MLFLOW_TRACKING_URI)"
-    if uri is None or uri == "databricks":
+    if job.tracking.uri is not None:
+        return check_tracking_uri(job.tracking.uri, "")
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return check_tracking_uri(uri, "MLFLOW_TRACKING_URI") if uri else []
+
+
+def check_tracking_uri(uri: str, source: str) -> list[Problem]:
+    """What is wrong with a tracking address; `source` is the variable that it comes from, if any."""
+    if uri == "databricks":
         return []
+    origin = f" (from {source})" if source else ""
     scheme, separator, rest = uri.partition("://")
     dialect = scheme.split("+")[0]
+    # What is printed may end in a log.
+    shown = _PASSWORD.sub(r"\g<user>:***@", uri)
     if not separator:
-        rule = f"is not an address{source}: it has no scheme"
-        return [
-            Problem(
-                "tracking.uri", uri, rule, f"use e.g. sqlite:///{uri.strip('/') or 'mlflow'}.db or http://host:5000"
-            )
-        ]
+        rule = f"is not an address{origin}: it has no scheme"
+        remedy = f"use e.g. sqlite:///{uri.strip('/') or 'mlflow'}.db or http://host:5000"
+        return [Problem("tracking.uri", shown, rule, remedy)]
     if dialect not in _TRACKING_SCHEMES:
-        rule = f"has the scheme {scheme}, which cannot be tracked to{source}"
-        return [Problem("tracking.uri", uri, rule, suggest(dialect, _TRACKING_SCHEMES))]
+        rule = f"has the scheme {scheme}, which cannot be tracked to{origin}"
+        return [Problem("tracking.uri", shown, rule, suggest(dialect, _TRACKING_SCHEMES))]
     if not rest.strip("/"):
-        return [
-            Problem("tracking.uri", uri, f"names no {'file' if dialect == 'sqlite' else 'host'}{source}", "complete it")
-        ]
+        rule = f"names no {'file' if dialect == 'sqlite' else 'host'}{origin}"
+        return [Problem("tracking.uri", shown, rule, "complete it")]
     return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from temper.config.schema import JobConfig
@@ -13,14 +14,28 @@ from temper.schedules import build_schedule
 Row = tuple[str, str]
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TIMES = "×"
+_COLUMNS = 120
 
 
 def plan_table(plan: Plan) -> str:
     """What will happen and what it costs: one aligned table, then the notes."""
     rows = [*_what(plan), *_how(plan), *_cost(plan), *_where(plan)]
     width = max(len(label) for label, _ in rows)
-    lines = [f"{label:<{width}}  {text}".rstrip() for label, text in rows]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    lines = [_wrapped(f"{label:<{width}}  ", text) for label, text in rows]
+    return "\n".join([*lines, *(_wrapped("note: ", note) for note in plan.notes)])
+
+
+def _wrapped(label: str, text: str) -> str:
+    """The text beside its label, in lines of `_COLUMNS`; words stay in one piece, so that a path can be copied."""
+    indent = " " * len(label)
+    return textwrap.fill(
+        text,
+        _COLUMNS,
+        initial_indent=label,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _what(plan: Plan) -> Sequence[Row]:
@@ -84,7 +99,7 @@ def _count(number: int, name: str) -> str:
 
 
 def _phase(phase: PhasePlan) -> str:
-    return f"steps {phase.first_step} to {phase.first_step + phase.steps}, {phase.fingerprint[:10]}"
+    return f"steps {phase.first_step} to {phase.first_step + phase.steps}, stored under {phase.fingerprint[:10]}…"
 
 
 def _precision(job: JobConfig) -> str:
@@ -92,9 +107,8 @@ def _precision(job: JobConfig) -> str:
     if precision.dtype != "fp16":
         return precision.dtype
     if precision.loss_scale == "dynamic":
-        return (
-            f"fp16, dynamic loss scale: {precision.initial_scale:g}, doubled after {precision.scale_window} clean steps"
-        )
+        doubling = f"doubled after {precision.scale_window} clean steps"
+        return f"fp16, dynamic loss scale from {precision.initial_scale:g}, {doubling}"
     return f"fp16, loss scale {precision.loss_scale:g}"
 
 
