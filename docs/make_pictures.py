@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +35,7 @@ from temper.tracking.progress import LiveDisplay
 FOLDER = Path(__file__).parent
 JOB = "jobs/digits.yaml"
 COLUMNS = 100
-SIZE = {"width": 1280, "height": 1040}
+SIZE = {"width": 1280, "height": 1056}
 CHROMIUM = (
     "chromium --headless --no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run --no-proxy-server "
     "--disable-background-networking --disable-component-update --hide-scrollbars --remote-debugging-port=0"
@@ -61,7 +61,7 @@ def make_terminal(storage: Path) -> None:
     ):
         code = cli.main([*command, "--fresh"])
     for line in end.getvalue().splitlines():
-        # As a terminal breaks lines: anywhere.
+        # What is wider than the terminal goes on in the next line.
         console.print("\n".join(textwrap.wrap(line, COLUMNS, drop_whitespace=False)), markup=False)
     if code:
         raise SystemExit(f"the run ended with code {code}: {end.getvalue()}")
@@ -72,7 +72,7 @@ def make_terminal(storage: Path) -> None:
 
 async def make_mlflow(storage: Path) -> None:
     """Photographs the charts of the newest run's losses and evaluations."""
-    run_id = json.loads(max(storage.glob("digits-*/run.json")).read_text())["run_id"]
+    run_id = json.loads(_newest(storage.glob("digits-*/run.json")).read_text())["run_id"]
     experiment = build_client(storage_uri(storage)).get_run(run_id).info.experiment_id
     serve = [sys.executable, "-m", "temper", "ui", "--storage", str(storage), "--no-browser", "--port", "5017"]
     with tempfile.TemporaryDirectory() as profile:
@@ -80,6 +80,10 @@ async def make_mlflow(storage: Path) -> None:
         with _running(serve, r"MLflow: (\S+)") as server, _running(browse, r"listening on ws://([^/]+)") as browser:
             async with aiohttp.ClientSession() as session:
                 await _photograph(session, browser, f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics")
+
+
+def _newest(paths: Iterable[Path]) -> Path:
+    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 async def _photograph(session: aiohttp.ClientSession, browser: str, address: str) -> None:
@@ -102,7 +106,7 @@ async def _photograph(session: aiohttp.ClientSession, browser: str, address: str
         await call("Runtime.evaluate", expression=f"document.querySelector('{SEARCH}').focus()")
         await call("Input.insertText", text="(eval|train)/")
         # Without a mouse, charts show the buttons that else appear under it.
-        hide = "document.head.append(Object.assign(document.createElement('style'), {textContent: '.modebar {display: none}'}))"
+        hide = "document.head.insertAdjacentHTML('beforeend', '<style>.modebar {display: none}</style>')"
         await call("Runtime.evaluate", expression=f"document.activeElement.blur(); {hide}")
         await asyncio.sleep(5)
         picture = await call("Page.captureScreenshot", format="png")

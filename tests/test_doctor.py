@@ -189,7 +189,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, list[str]
         def log_message(self, *_: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Handler) as found:
-        thread = threading.Thread(target=found.serve_forever)
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
         yield found.server_port, request.param, asked
         found.shutdown()

@@ -1,3 +1,81 @@
-"""temper: trains networks well and cheaply on a Ray cluster."""
+"""temper: trains networks well and cheaply on a Ray cluster.
 
+The Python API is the command line without the command line:
+
+    import temper
+
+    job = temper.load_job("jobs/digits.yaml", ["optimizer.lr=1e-3"])
+    plan = temper.plan(job)                     # what will happen, and what it costs; starts nothing
+    result = temper.train(job)                  # trains it, resumes it, or finds it done
+    print(plan.steps, result.metrics["test/accuracy"])
+
+Importing temper imports nothing else; each function imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from temper.config.schema import JobConfig
+    from temper.launch.train import TrainResult
+    from temper.plan.build import Plan
+    from temper.tracking.progress import DisplayMode
+
+__all__ = ["load_job", "plan", "train"]
 __version__ = "0.1.0"
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job of a YAML file, with `key=value` overrides applied, e.g. `["optimizer.lr=1e-3", "seed=1"]`.
+
+    Raises:
+        JobError: with every problem of the file and of the overrides.
+    """
+    from temper.config.load import load_job
+
+    return load_job(path, overrides)
+
+
+def plan(job: str | Path | JobConfig, overrides: Sequence[str] = ()) -> Plan:
+    """What training `job`, a file or a loaded job, will do on this machine and what it costs. Starts nothing.
+
+    Data paths and `kind: python` targets are looked for in the working directory and beside the job file.
+
+    Raises:
+        JobError: with every problem that can be seen before the start.
+    """
+    from temper.plan import plan_job
+
+    return plan_job(job, overrides)
+
+
+def train(
+    job: str | Path | JobConfig,
+    overrides: Sequence[str] = (),
+    address: str = "local",
+    *,
+    fresh: bool = False,
+    display: DisplayMode = "plain",
+) -> TrainResult:
+    """Trains `job`, a file or a loaded job; reuses what is finished, resumes what was broken.
+
+    `address` is where Ray is: `local` for one that lives as long as the call, `auto`, `HOST:PORT` or `ray://…`.
+    `fresh` forgets what was computed for this job. `display` says how progress is shown on standard error.
+
+    Raises:
+        JobError: with every problem that can be seen before the start.
+        RunError: the run failed; the message says where the log is.
+        RunInterrupted: it was stopped by a signal; the state is saved, and the same call goes on from it.
+    """
+    from temper.config.load import resolve_job
+    from temper.launch.cluster import check_address
+    from temper.launch.train import TrainOptions, launch_train
+
+    check_address(address)
+    resolved, folder = resolve_job(job, overrides)
+    name = resolved.name if not isinstance(job, str | Path) else str(job)
+    call = f"temper.train({name!r}, {list(overrides)!r})"
+    return launch_train(resolved, folder, TrainOptions(address, fresh, display, call))

@@ -33,6 +33,16 @@ def job_folder(path: str | Path) -> Path:
     return Path(path).absolute().parent
 
 
+def resolve_job(job: str | Path | JobConfig, overrides: Sequence[str] = ()) -> tuple[JobConfig, Path]:
+    """A job file or a loaded job with overrides applied, and its folder: for a loaded one, the working directory.
+
+    Raises JobError with every problem found.
+    """
+    if isinstance(job, JobConfig):
+        return build_job(job.model_dump(mode="json"), overrides, source=job.name), Path.cwd()
+    return load_job(job, overrides), job_folder(job)
+
+
 def build_job(raw: Any, overrides: Sequence[str] = (), source: str = "job") -> JobConfig:
     """Plain values, as YAML gives them, plus overrides → JobConfig. Raises JobError with every problem found."""
     if not isinstance(raw, dict):

@@ -205,7 +205,7 @@ def _health_status(uri: str) -> int:
 
 
 def _sqlite_finding(path: Path) -> Finding:
-    if not path.exists():
+    if not os.path.exists(path):  # which says no, too, where the storage cannot be
         return Finding("tracking", "ok", f"{path} will be made by the first run")
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:

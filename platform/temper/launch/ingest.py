@@ -7,7 +7,9 @@ data are not there. The data folder and the storage must be reachable from every
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from temper.plan.user_files import SPLITS, FileData
 _SHOWN_PROBLEMS = 10
 
 
-def ingest(config: DataConfig, facts: DataFacts, storage: Path) -> None:
+def ingest(config: DataConfig, facts: DataFacts, storage: Path, say: Callable[[str], None] = lambda text: None) -> None:
     """Ingest the job's data unless that has been done; built-in sets and a user's functions need none.
+
+    `say` is told when it begins, for people.
 
     Needs a Ray to be connected. Another driver that ingests the same data is waited for. Raises JobError that names the
     examples that are no images or have no valid label.
@@ -34,6 +38,7 @@ def ingest(config: DataConfig, facts: DataFacts, storage: Path) -> None:
     folder = store_folder(storage, facts)
     if (folder / MANIFEST).is_file():
         return
+    say(f"bringing {facts.folder} into the storage")
     folder.mkdir(parents=True, exist_ok=True)
     # The lock dies with its holder; parts that a killed driver left behind are written again.
     with FileLock(folder.with_suffix(".lock")):
@@ -46,6 +51,10 @@ def _write_parts(config: FileData, facts: DataFacts, folder: Path) -> list[dict[
 
     parts = plan_parts(config, Path(facts.folder), folder.absolute())
     ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        # What it says is in Ray's logs; the console is the run's.
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
     work = ray.data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
     results: list[dict[str, Any]] = work.map(
         partial(_write, config=config, num_classes=facts.num_classes or 0)

@@ -161,7 +161,7 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
     threading.Thread(target=_import_trainer, daemon=True).start()
     if options.address == "local":
         stack.enter_context(ray_session("local", plan.run_folder / "logs"))
-    ingest(plan.job.data, plan.data, Path(plan.job.storage))
+    ingest(plan.job.data, plan.data, Path(plan.job.storage), display.stage)
     spec = WorkerSpec(plan, phase, _import_folders(job_folder))
     tracking = _Tracking(plan, options.command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")

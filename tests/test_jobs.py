@@ -1,0 +1,100 @@
+"""Every shipped job loads, plans and trains: the list is the folder's, so that a new file needs no line here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from temper.config.load import load_job
+from temper.config.schema import JobConfig
+from temper.data.download import check_files
+from temper.plan.build import build_plan
+from temper.plan.mesh import ClusterShape, local_cluster
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "jobs"
+JOBS = sorted(FOLDER.glob("*.yaml"))
+STEPS = 3
+
+pytestmark = pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the README's commands are typed, with the real data beside the repository where there are some."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    beside = ROOT.parent / "shared" / "data"
+    if "TEMPER_DATA" not in os.environ and beside.is_dir():
+        monkeypatch.setenv("TEMPER_DATA", str(beside))
+
+
+def needs_data(job: JobConfig) -> None:
+    """Skips where the job's data set would have to be fetched, or a folder of the user's is not there."""
+    folder = getattr(job.data, "path", None)
+    if check_files(job.data.kind) or (folder is not None and not Path(folder).exists()):
+        pytest.skip(f"the data of {job.data.kind} are not here")
+
+
+def cluster_for(job: JobConfig) -> ClusterShape:
+    """A cluster on which the job has room."""
+    workers = job.parallel.workers * job.parallel.pipeline
+    return ClusterShape(
+        nodes=1,
+        cpus=workers * job.parallel.cpus_per_worker,
+        gpus=float(workers) if job.parallel.device == "cuda" else 0.0,
+    )
+
+
+def test_it_names_its_schema(path: Path) -> None:
+    first, second, *_ = path.read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=job.schema.json"
+    assert (FOLDER / "job.schema.json").is_file()
+    assert second.startswith("# "), "say what the job is"
+
+
+def test_it_is_called_as_its_file(path: Path) -> None:
+    assert load_job(path).name == path.stem
+
+
+def test_it_plans(path: Path, tmp_path: Path) -> None:
+    job = load_job(path, [f"storage={tmp_path}"])
+    needs_data(job)
+    plan = build_plan(job, cluster_for(job), FOLDER)
+    assert plan.steps > 0
+    assert plan.model.num_parameters > 0
+    assert plan.mesh.world_size == job.parallel.workers * job.parallel.pipeline
+    assert plan.batch.micro_batch * plan.batch.accumulation * plan.mesh.data == job.data.global_batch
+
+
+@pytest.mark.ray
+def test_it_trains(path: Path, tmp_path: Path) -> None:
+    """The job as it is, for a few steps; the whole test split is evaluated at their end."""
+    job = load_job(path)
+    needs_data(job)
+    if job.parallel.device == "cuda" and not local_cluster().gpus:
+        pytest.skip("needs a GPU")
+    overrides = [
+        f"budget.steps={STEPS}",
+        "budget.epochs=null",
+        "budget.evaluate_every=0",
+        "budget.checkpoint_every=0",
+        "optimizer.schedule.warmup_steps=0",
+        f"parallel.cpus_per_worker={min(0.5, (os.cpu_count() or 1) / job.parallel.workers)}",
+        f"storage={tmp_path / 'runs'}",
+    ]
+    command = [sys.executable, "-m", "temper", "train", str(path.relative_to(ROOT)), *overrides, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] == "finished"
+    assert [phase["steps"] for phase in result["phases"]] == [STEPS]
+    tested = {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
+    assert set(tested) == {"test/loss", *(f"test/{metric}" for metric in job.evaluation.metrics)}
+    assert all(math.isfinite(value) for value in tested.values())
