@@ -1,7 +1,7 @@
 # Everything goes through one virtual environment, .venv, made from pyproject.toml and constraints.txt.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -27,14 +27,14 @@ test-all: install  ## the tests and the long proofs
 	$(BIN)/python -m pytest -q
 
 check: install  ## lint, types, and who may import whom
-	$(BIN)/ruff check platform tests benchmarks
-	$(BIN)/ruff format --check platform tests benchmarks
+	$(BIN)/ruff check platform tests benchmarks docs
+	$(BIN)/ruff format --check platform tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: install
-	$(BIN)/ruff check --fix platform tests benchmarks
-	$(BIN)/ruff format platform tests benchmarks
+	$(BIN)/ruff check --fix platform tests benchmarks docs
+	$(BIN)/ruff format platform tests benchmarks docs
 
 bench: install  ## temper beside hand-written loops, as ratios
 	$(BIN)/python benchmarks/step_loop.py

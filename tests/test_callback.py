@@ -184,7 +184,8 @@ def test_a_fault_in_tracking_does_not_reach_the_training(
     tracking = TrackingCallback(target)
     tracking.after_report(None, [{"records": [record(1)]}], None)
     assert "no tracker today" in caplog.text
-    assert tracking.close(1.0)
+    assert read_history(target.history_path) == [record(1)]
+    assert not tracking.close(1.0)
 
 
 def test_an_error_of_the_code_ends_the_run(target: TrackingTarget) -> None:

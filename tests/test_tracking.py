@@ -595,7 +595,9 @@ def test_git_state_of_a_dirty_repository(tmp_path: Path) -> None:
 
 def test_ui_of_a_server_is_its_own_address(capsys: pytest.CaptureFixture[str]) -> None:
     assert ui.serve_ui("https://u:p@tracking.example") == 0
-    assert capsys.readouterr().err == "MLflow: https://u:***@tracking.example\n"
+    assert capsys.readouterr().err == (
+        "MLflow: https://u:***@tracking.example/#/experiments?workflowType=machine_learning\n"
+    )
 
 
 def test_ui_takes_another_port_where_one_is_taken() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def _train(options: argparse.Namespace) -> None:
         if name.startswith(("eval/", "test/")):
             _say(f"  {name:<24} {value:.4f}")
     _say(f"  checkpoint               {result.checkpoint}")
-    _say(f"  MLflow run               {result.run_id}; look at it with: temper ui --storage {job.storage}")
+    where = f"--uri {job.tracking.uri}" if job.tracking.uri else f"--storage {job.storage}"
+    _say(f"  MLflow run               {result.run_id}; look at it with: {_program()} ui {where}")
     _print_json(options, result.to_dict())
 
 
@@ -98,7 +100,7 @@ def _eval(options: argparse.Namespace) -> None:
     from temper.export import evaluate_product, find_product
 
     product = find_product(options.reference, Path(options.storage))
-    metrics = evaluate_product(product, Path.cwd())
+    metrics = evaluate_product(product)
     for name, value in sorted(metrics.items()):
         _say(f"{name:<24} {value:.4f}")
     _print_json(options, {"checkpoint": str(product.checkpoint), "metrics": metrics})
@@ -108,7 +110,7 @@ def _export(options: argparse.Namespace) -> None:
     from temper.export import export_product, find_product
 
     product = find_product(options.reference, Path(options.storage), options.phase)
-    result = export_product(product, Path(options.to), Path.cwd())
+    result = export_product(product, Path(options.to))
     _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors")
     _print_json(options, result)
 
@@ -117,7 +119,9 @@ def _ui(options: argparse.Namespace) -> int:
     from temper.tracking.mlflow_store import storage_uri
     from temper.tracking.ui import serve_ui
 
-    return serve_ui(storage_uri(Path(options.storage)), port=options.port, open_browser=not options.no_browser)
+    return serve_ui(
+        storage_uri(Path(options.storage), options.uri), port=options.port, open_browser=not options.no_browser
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -131,6 +135,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _display_mode(options: argparse.Namespace) -> Any:
     return "live" if sys.stderr.isatty() and not options.json else "plain"
+
+
+def _program() -> str:
+    """How this program is called here: `temper`, or its path where the shell does not find it."""
+    return "temper" if shutil.which("temper") or not sys.argv[0].endswith("temper") else sys.argv[0]
 
 
 def _typed(command: str, options: argparse.Namespace) -> str:
@@ -168,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--phase", help="a phase of the run; default: the last")
     export.add_argument("--to", required=True, metavar="DIR", help="folder for model.safetensors, job.yaml, README.md")
     ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")
+    ui.add_argument("--uri", help="a job's tracking.uri; default: MLFLOW_TRACKING_URI, else the storage's database")
     ui.add_argument("--port", type=int, default=5000)
     ui.add_argument("--no-browser", action="store_true", help="only serve")
     doctor = _add_command(commands, "doctor", _doctor, "check this machine and name each fault with its remedy")
@@ -190,5 +200,5 @@ def _add_job_command(
 ) -> argparse.ArgumentParser:
     parser = _add_command(commands, name, run, help)
     parser.add_argument("job", metavar="JOB", help="a job file, e.g. jobs/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.workers=4")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. parallel.workers=4")
     return parser

@@ -37,6 +37,7 @@ class Product:
     fingerprint: str
     checkpoint: Path
     metrics: dict[str, float]
+    import_folders: tuple[str, ...]
 
 
 def find_product(reference: str, storage: Path, phase: str | None = None) -> Product:
@@ -94,13 +95,18 @@ def _product(phase_folder: Path, folder: Path | None) -> Product:
         )
     records = CheckpointReader(folder).records()
     metrics = records[-1]["metrics"] if records else {}
-    return Product(load_job(phase_folder / JOB), names[0], fingerprint, folder, metrics)
+    job, imports = load_job(phase_folder / JOB), tuple(plan.get("import_folders", ()))
+    return Product(job, names[0], fingerprint, folder, metrics, imports)
 
 
-def load_model(product: Product, job_folder: Path) -> tuple[nn.Module, DataFacts]:
-    """The product's model with its full fp32 weights, in evaluation mode, on the CPU."""
-    apply_target_folders([Path.cwd(), job_folder])
-    facts = data_facts(product.job.data, job_folder)
+def load_model(product: Product) -> tuple[nn.Module, DataFacts]:
+    """The product's model with its full fp32 weights, in evaluation mode, on the CPU.
+
+    A `kind: python` module is looked for in the working directory, and where it was when the product was trained.
+    """
+    folders = [Path.cwd(), *(Path(folder) for folder in product.import_folders)]
+    apply_target_folders(folders)
+    facts = data_facts(product.job.data, folders[-1])
     model = build_model(product.job.model, facts, product.job.seed)
     state = model_state(CheckpointReader(product.checkpoint))
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -110,9 +116,9 @@ def load_model(product: Product, job_folder: Path) -> tuple[nn.Module, DataFacts
     return model.eval(), facts
 
 
-def evaluate_product(product: Product, job_folder: Path) -> dict[str, float]:
+def evaluate_product(product: Product) -> dict[str, float]:
     """Loss and metrics on the job's test split, in one process, in fp32."""
-    model, facts = load_model(product, job_folder)
+    model, facts = load_model(product)
     job = product.job
     split = load_split(job.data, "test", Path(job.storage), facts)
     batches = eval_batches(job.data, split, facts, rank=0, world_size=1, batch=job.evaluation.batch)
@@ -122,9 +128,9 @@ def evaluate_product(product: Product, job_folder: Path) -> dict[str, float]:
     return {f"test/{name}": value for name, value in values.items()}
 
 
-def export_product(product: Product, to: Path, job_folder: Path) -> dict[str, Any]:
+def export_product(product: Product, to: Path) -> dict[str, Any]:
     """Writes `model.safetensors`, `job.yaml` and the model card `README.md` into `to`, each whole or not at all."""
-    model, facts = load_model(product, job_folder)
+    model, facts = load_model(product)
     to.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     temporary = to / f".model.{os.getpid()}.safetensors"

@@ -91,7 +91,7 @@ class _Worker:
             device=self.engine.device,
         )
         factor = build_schedule(job.optimizer.schedule, phase.steps)
-        self.stage("training" if state.step == 0 else f"training from step {state.step}")
+        self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
         state = train(
             self.engine,
             self._train_batches(state.step),
@@ -192,7 +192,6 @@ class _Worker:
             "metrics": last["metrics"],
         }
         write_json(self.spec.phase_folder / PHASE_MANIFEST, manifest)
-        self.stage("finished")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,16 +63,28 @@ def ray_session(address: str, logs: Path) -> Iterator[None]:
     """
     import ray
 
+    if _is_host_port(address):
+        _check_reachable(address)
     try:
         _connect(ray, address)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        remedy = "start one with `ray start --head`, or use --address local"
-        raise RunError(f"no Ray at {address}: {error}; {remedy}") from error
+        remedy = "is its token in ~/.ray/auth_token or RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token set?"
+        raise RunError(f"the Ray at {address} does not take this client: {error}; {remedy}") from error
     try:
         _link_logs(ray, logs)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for more than a minute for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        remedy = "start one with `ray start --head`, or use --address local"
+        raise RunError(f"no Ray at {address}: {error}; {remedy}") from error
 
 
 def _connect(ray: Any, address: str) -> None:

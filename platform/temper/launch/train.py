@@ -21,6 +21,7 @@ from typing import Any
 
 from temper.config.load import job_to_yaml
 from temper.config.schema import JobConfig
+from temper.data.download import fetch_files
 from temper.errors import RunError, TemperError
 from temper.files import read_json, read_lines, write_json
 from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
@@ -118,7 +119,7 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
             _forget(plan)
         reused = read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
         if reused:
-            _deliver_late(plan, phase, options.command)
+            _deliver_late(plan, phase, job_folder, options.command)
         else:
             _run(plan, phase, job_folder, options, stack)
         return _result(plan, reused, time.perf_counter() - started)
@@ -154,8 +155,13 @@ def _result(plan: Plan, reused: bool, seconds: float) -> TrainResult:
 
 def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
     """Everything between the plan and the phase's manifest."""
-    _prepare_folder(plan)
+    _prepare_folder(plan, _import_folders(job_folder))
     display = stack.enter_context(_display(options.display, plan))
+    for note in plan.notes:
+        display.note(note)
+    if options.address == "local":
+        # The workers would, too; but what is missing is better said before they start.
+        fetch_files(plan.job.data.kind)
     display.stage("starting Ray")
     # Seconds of work, while Ray's own start is seconds of waiting for its processes.
     threading.Thread(target=_import_trainer, daemon=True).start()
@@ -181,7 +187,7 @@ def _import_trainer() -> None:
     import temper.launch.trainer  # noqa: F401
 
 
-def _prepare_folder(plan: Plan) -> None:
+def _prepare_folder(plan: Plan, import_folders: tuple[str, ...]) -> None:
     folder = plan.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP, STAGES, FAILURES):
@@ -192,7 +198,7 @@ def _prepare_folder(plan: Plan) -> None:
     for place in (folder, *(plan.phase_folder(phase) for phase in plan.phases)):
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(job_to_yaml(plan.job))
-        write_json(place / PLAN, plan.to_dict())
+        write_json(place / PLAN, {**plan.to_dict(), "import_folders": import_folders})
 
 
 class _Tracking:
@@ -307,7 +313,8 @@ def _failure_text(run_folder: Path, error: BaseException) -> str:
     if not failures:
         return f"{type(error).__name__}: {error}; the workers' logs are in {logs}"
     last = failures[-1]
-    return f"rank {last['rank']}: {last['type']}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
+    kind = last["type"].rpartition(".")[2]
+    return f"rank {last['rank']}: {kind}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
 
 
 def _deliver(run: TrackedRun, plan: Plan, phase: PhasePlan, status: RunStatus) -> bool:
@@ -318,9 +325,9 @@ def _deliver(run: TrackedRun, plan: Plan, phase: PhasePlan, status: RunStatus) -
     return delivered
 
 
-def _deliver_late(plan: Plan, phase: PhasePlan, command: str) -> None:
+def _deliver_late(plan: Plan, phase: PhasePlan, job_folder: Path, command: str) -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(plan.run_folder / RUN) or {}
     if not known.get("delivered"):
-        _prepare_folder(plan)
+        _prepare_folder(plan, _import_folders(job_folder))
         _deliver(_open_run(plan, command), plan, phase, "FINISHED")

@@ -63,9 +63,11 @@ class TrackingCallback(UserCallback):
         """Never raises: a fault in tracking must not end the training."""
         try:
             records = metrics[0].get("records", [])
-            history, tracker = self._open()
+            if self._history is None:
+                self._history = History(self.target.history_path)
+            tracker = self._open_tracker(self._history)
             if tracker is None:
-                history.append(records)
+                self._history.append(records)
             else:
                 tracker.add(records)
         except Exception:
@@ -90,21 +92,24 @@ class TrackingCallback(UserCallback):
         try:
             if self._history is None:
                 return True
-            _, tracker = self._open()
+            tracker = self._open_tracker(self._history)
             return tracker is not None and tracker.close(timeout_s)
         except Exception:
             log.exception("tracking did not end in order")
             return False
 
-    def _open(self) -> tuple[History, RunTracker | None]:
-        """The history and, once the run is open, its tracker, which first delivers what the history holds."""
-        if self._history is None:
-            self._history = History(self.target.history_path)
+    def _open_tracker(self, history: History) -> RunTracker | None:
+        """Once the run is open, its tracker, which first delivers what the history holds."""
         if self._tracker is None and (run := read_json(Path(self.target.run_record))) and run.get("open"):
             watched = self.target.system_metrics
-            self._tracker = RunTracker(run["uri"], run["run_id"], self._history, system_metrics=watched)
-            self._tracker.start()
-        return self._history, self._tracker
+            try:
+                tracker = RunTracker(run["uri"], run["run_id"], history, system_metrics=watched)
+                tracker.start()
+            except Exception:
+                log.exception("the run cannot be tracked; its history goes on")
+                return None
+            self._tracker = tracker
+        return self._tracker
 
     def _write_failures(self, errors: Mapping[int, BaseException]) -> None:
         time_ms = time.time_ns() // 1_000_000

@@ -77,6 +77,8 @@ def server_environment(uri: str) -> dict[str, str]:
 
 
 def _show(address: str, open_browser: bool) -> None:
+    # Else MLflow greets with the page for language models.
+    address = f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning"
     print(f"MLflow: {address}", file=sys.stderr)
     if open_browser:
         webbrowser.open(address)
