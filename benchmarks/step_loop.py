@@ -4,9 +4,9 @@
 
 Both loops run in the same two gloo ranks, in turns and in short blocks, so that whatever else the machine does hits
 both. Each block trains `--steps` steps; the first steps of a block are not counted. Printed are the medians over the
-blocks and the median ratio of neighbouring blocks, with its quartiles; the last line is JSON. temper's loop is the real `temper.loop.train` with the real
-engine, data iterator and reporter; what is left out on both sides is what happens between steps: evaluation,
-checkpoints, Ray's transport of a report.
+blocks and the median ratio of neighbouring blocks, with its quartiles; the last line is JSON. temper's loop is the
+real `temper.loop.train` with the real engine, data iterator and reporter; what is left out on both sides is what
+happens between steps: evaluation, checkpoints, Ray's transport of a report.
 """
 
 from __future__ import annotations
