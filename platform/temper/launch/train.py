@@ -109,6 +109,9 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
     started = time.perf_counter()
     prepare_environment(options.address)
     job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
+    if not Path(job.storage).exists():
+        # Nothing is there to be reused, and the plan waits for a process that builds the model.
+        _begin_imports()
     with ExitStack() as stack:
         if options.address != "local":
             stack.enter_context(ray_session(options.address, Path(job.storage) / "logs"))
@@ -163,8 +166,7 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
         # The workers would, too; but what is missing is better said before they start.
         fetch_files(plan.job.data.kind)
     display.stage("starting Ray")
-    # Seconds of work, while Ray's own start is seconds of waiting for its processes.
-    threading.Thread(target=_import_trainer, daemon=True).start()
+    _begin_imports()
     if options.address == "local":
         stack.enter_context(ray_session("local", plan.run_folder / "logs"))
     ingest(plan.job.data, plan.data, Path(plan.job.storage), display.stage)
@@ -183,8 +185,13 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
         tracking.settle(phase, status, display)
 
 
-def _import_trainer() -> None:
-    import temper.launch.trainer  # noqa: F401
+def _begin_imports() -> None:
+    """Imports Ray Train beside what this thread does; it takes seconds, and a second call none."""
+
+    def import_trainer() -> None:
+        import temper.launch.trainer  # noqa: F401
+
+    threading.Thread(target=import_trainer, daemon=True).start()
 
 
 def _prepare_folder(plan: Plan, import_folders: tuple[str, ...]) -> None:
