@@ -1,12 +1,13 @@
 """What temper's step loop costs over a hand-written DeepSpeed loop: same model, data, DeepSpeed configuration, one run.
 
-    python benchmarks/step_loop.py [--repeats 31] [--steps 40]
+    python benchmarks/step_loop.py [--repeats 31] [--steps 40] [--workers 1]
 
-Both loops run in the same two gloo ranks, in turns and in short blocks, so that whatever else the machine does hits
-both. Each block trains `--steps` steps; the first steps of a block are not counted. Printed are the medians over the
-blocks and the median ratio of neighbouring blocks, with its quartiles; the last line is JSON. temper's loop is the
-real `temper.loop.train` with the real engine, data iterator and reporter; what is left out on both sides is what
-happens between steps: evaluation, checkpoints, Ray's transport of a report.
+Both loops run in the same gloo ranks, in turns and in short blocks, so that whatever else the machine does hits both.
+One rank is the default, since the loop's cost is a rank's own and waiting for another rank only adds noise to it.
+Each block trains `--steps` steps; the first steps of a block are not counted. Printed are the medians over the blocks
+and the median ratio of neighbouring blocks, with its quartiles; the last line is JSON. temper's loop is the real
+`temper.loop.train` with the real engine, data iterator and reporter; what is left out on both sides is what happens
+between steps: evaluation, checkpoints, Ray's transport of a report.
 """
 
 from __future__ import annotations
@@ -42,20 +43,19 @@ from temper.plan.facts import data_facts
 from temper.plan.mesh import MeshPlan, plan_batch
 from temper.schedules import build_schedule
 
-WORKERS = 2
 WARM_UP = 5
 # Widths of an MLP, small to large; the target holds for steps of 5 ms and more.
 SIZES = {"small": [128, 128], "medium": [384, 384], "large": [1024, 768]}
 
 
-def build_job(hidden: list[int]) -> JobConfig:
+def build_job(hidden: list[int], workers: int) -> JobConfig:
     return JobConfig.model_validate(
         {
             "name": "step_loop",
             "model": {"kind": "mlp", "hidden": hidden},
             "data": {"kind": "synthetic", "shape": [1, 16, 16], "global_batch": 128, "train_examples": 4096},
             "optimizer": {"kind": "adamw", "lr": 1.0e-3, "clip_norm": 1.0},
-            "parallel": {"workers": WORKERS, "zero": 2, "cpus_per_worker": 0.5},
+            "parallel": {"workers": workers, "zero": 2, "cpus_per_worker": 0.5},
             "budget": {"steps": 1_000_000},
         }
     )
@@ -64,12 +64,12 @@ def build_job(hidden: list[int]) -> JobConfig:
 class Contest:
     """One model size: the same initial network twice, once in each loop, on the same batches."""
 
-    def __init__(self, hidden: list[int], rank: int) -> None:
-        self.rank = rank
-        self.job = build_job(hidden)
+    def __init__(self, hidden: list[int], rank: int, workers: int) -> None:
+        self.rank, self.workers = rank, workers
+        self.job = build_job(hidden, workers)
         self.facts = data_facts(self.job.data, Path.cwd())
         self.split = load_splits(self.job.data, Path.cwd(), self.facts)["train"]
-        self.batch, self.mesh = plan_batch(128, WORKERS), MeshPlan(WORKERS, 1, "cpu")
+        self.batch, self.mesh = plan_batch(128, workers), MeshPlan(workers, 1, "cpu")
         self.loss = build_loss(self.job.loss)
         self.engine = DeepSpeedEngine(self._model(), self.loss, self.job, self.batch, self.mesh, self._config())
         self.by_hand = self._engine_by_hand()
@@ -99,7 +99,7 @@ class Contest:
             seed=0,
             batch=self.batch,
             rank=self.rank,
-            world_size=WORKERS,
+            world_size=self.workers,
             first_step=0,
             last_step=steps,
         )
@@ -125,7 +125,7 @@ class Contest:
             lambda: False,
             first_step=0,
             rank=self.rank,
-            world_size=WORKERS,
+            world_size=self.workers,
             global_batch=128,
             record_every=1,
             device=torch.device("cpu"),
@@ -153,16 +153,16 @@ class Contest:
         return (time.perf_counter() - marks[0]) * 1000 / (steps - WARM_UP)
 
 
-def contest(rank: int, port: int, repeats: int, steps: int, output: str) -> None:
+def contest(rank: int, workers: int, port: int, repeats: int, steps: int, output: str) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     prepare("cpu")
     results = {}
     for name, hidden in SIZES.items():
-        pair = Contest(hidden, rank)
+        pair = Contest(hidden, rank, workers)
         blocks: dict[str, list[float]] = {"by hand": [], "temper": []}
         for repeat in range(repeats + 1):
             runs = [("by hand", pair.run_by_hand), ("temper", pair.run_temper)]
@@ -182,16 +182,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         output = f"{folder}/results.json"
-        mp.spawn(contest, args=(port, options.repeats, options.steps, output), nprocs=WORKERS, join=True)
+        arguments = (options.workers, port, options.repeats, options.steps, output)
+        mp.spawn(contest, args=arguments, nprocs=options.workers, join=True)
         results = json.loads(Path(output).read_text())
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, ZeRO-2, fp32"
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"ZeRO-2, fp32, ranks: {options.workers}"
     )
     print(f"{'step':>6}  {'by hand':>10}  {'temper':>10}  {'ratio':>6}  quartiles of the ratio")
     summary = {}
