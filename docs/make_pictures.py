@@ -77,7 +77,7 @@ async def make_mlflow(storage: Path) -> None:
     serve = [sys.executable, "-m", "temper", "ui", "--storage", str(storage), "--no-browser", "--port", "5017"]
     with tempfile.TemporaryDirectory() as profile:
         browse = [*CHROMIUM.split(), f"--user-data-dir={profile}", "about:blank"]
-        with _running(serve, r"MLflow: (\S+)") as server, _running(browse, r"listening on ws://([^/]+)") as browser:
+        with _running(serve, r"MLflow: (\S+?)/#") as server, _running(browse, r"listening on ws://([^/]+)") as browser:
             async with aiohttp.ClientSession() as session:
                 await _photograph(session, browser, f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics")
 
