@@ -16,7 +16,8 @@ from distributed import run_distributed
 from temper.config.schema import EvaluationConfig, LossConfig
 from temper.errors import JobError, RunError
 from temper.losses import Loss, build_loss
-from temper.metrics import build_metrics, logits_of
+from temper.metrics import build_metrics
+from temper.outputs import logits_of
 from temper.plan.facts import DataFacts
 
 CLASSES = DataFacts(1, 0, 1, (4,), 3, (), (), "")

@@ -65,26 +65,24 @@ def _print_json(options: argparse.Namespace, value: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from temper.config.load import job_folder, load_job
-    from temper.plan.build import build_plan
-    from temper.plan.mesh import local_cluster
+    from temper.plan import plan_job
     from temper.plan.show import plan_table
 
-    plan = build_plan(load_job(options.job, options.overrides), local_cluster(), job_folder(options.job))
+    plan = plan_job(options.job, options.overrides)
     _say(plan_table(plan))
     _print_json(options, plan.to_dict())
 
 
 def _train(options: argparse.Namespace) -> None:
-    from temper.config.load import job_folder, load_job
+    from temper.config.load import resolve_job
     from temper.launch.cluster import check_address
 
     check_address(options.address)
-    job = load_job(options.job, options.overrides)
+    job, folder = resolve_job(options.job, options.overrides)
     from temper.launch.train import TrainOptions, launch_train
 
     how = TrainOptions(options.address, options.fresh, _display_mode(options), _typed("train", options))
-    result = launch_train(job, job_folder(options.job), how)
+    result = launch_train(job, folder, how)
     reused = " (every phase reused; --fresh trains again)" if result.status == "reused" else ""
     _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
     for name, value in sorted(result.metrics.items()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from temper.data.batches import Batch
 from temper.engine.base import LossFunction
-from temper.metrics import logits_of
+from temper.outputs import logits_of
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection

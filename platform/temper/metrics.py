@@ -13,14 +13,11 @@ from torch import Tensor
 
 from temper.config.schema import EvaluationConfig
 from temper.errors import JobError, Problem
-from temper.outputs import logits_of
 from temper.plan.facts import DataFacts
 from temper.torchvision_import import declare_torchvision_operators
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
-
-__all__ = ["build_metrics", "logits_of"]
 
 
 def build_metrics(config: EvaluationConfig, facts: DataFacts, device: torch.device | str) -> MetricCollection:

@@ -22,7 +22,7 @@ from typing import Any
 from temper.config.load import job_to_yaml
 from temper.config.schema import JobConfig
 from temper.data.download import fetch_files
-from temper.errors import RunError, TemperError
+from temper.errors import EXIT_INTERRUPTED, RunError, TemperError
 from temper.files import read_json, read_lines, write_json
 from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
 from temper.launch.ingest import ingest
@@ -95,7 +95,7 @@ class TrackedRun:
 class RunInterrupted(TemperError):
     """The user stopped the run; its state is saved and the same command goes on from it."""
 
-    exit_code = 130
+    exit_code = EXIT_INTERRUPTED
 
 
 def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> TrainResult:
@@ -158,7 +158,8 @@ def _result(plan: Plan, reused: bool, seconds: float) -> TrainResult:
 
 def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
     """Everything between the plan and the phase's manifest."""
-    _prepare_folder(plan, _import_folders(job_folder))
+    spec = WorkerSpec(plan, phase, _import_folders(job_folder))
+    _prepare_folder(plan, spec.import_folders)
     display = stack.enter_context(_display(options.display, plan))
     for note in plan.notes:
         display.note(note)
@@ -170,7 +171,6 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
     if options.address == "local":
         stack.enter_context(ray_session("local", plan.run_folder / "logs"))
     ingest(plan.job.data, plan.data, Path(plan.job.storage), display.stage)
-    spec = WorkerSpec(plan, phase, _import_folders(job_folder))
     tracking = _Tracking(plan, options.command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
     status: RunStatus = "FAILED"
