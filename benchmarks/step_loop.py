@@ -16,9 +16,7 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from ranks import run_ranks
 from temper.config.schema import JobConfig
 from temper.data.batches import train_batches
 from temper.data.sources import load_splits
@@ -38,6 +36,7 @@ from temper.loop import Calendar, Reporter, TrainState, train
 from temper.losses import build_loss
 from temper.models.build import build_model
 from temper.optim import build_optimizer
+from temper.parallel.groups import build_groups
 from temper.plan.deepspeed_config import deepspeed_config
 from temper.plan.facts import data_facts
 from temper.plan.mesh import MeshPlan, plan_batch
@@ -71,7 +70,9 @@ class Contest:
         self.split = load_splits(self.job.data, Path.cwd(), self.facts)["train"]
         self.batch, self.mesh = plan_batch(128, workers), MeshPlan(workers, 1, "cpu")
         self.loss = build_loss(self.job.loss)
-        self.engine = DeepSpeedEngine(self._model(), self.loss, self.job, self.batch, self.mesh, self._config())
+        self.engine = DeepSpeedEngine(
+            self._model(), self.loss, self.job, self.batch, self.mesh, build_groups(workers), self._config()
+        )
         self.by_hand = self._engine_by_hand()
 
     def _model(self) -> nn.Module:
@@ -153,12 +154,8 @@ class Contest:
         return (time.perf_counter() - marks[0]) * 1000 / (steps - WARM_UP)
 
 
-def contest(rank: int, workers: int, port: int, repeats: int, steps: int, output: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def contest(rank: int, workers: int, repeats: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds a step of each block, by size and loop."""
     prepare("cpu")
     results = {}
     for name, hidden in SIZES.items():
@@ -172,10 +169,7 @@ def contest(rank: int, workers: int, port: int, repeats: int, steps: int, output
                 if repeat > 0:  # the first block of each is for caches
                     blocks[kind].append(milliseconds)
         results[name] = blocks
-    if rank == 0:
-        Path(output).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def main() -> None:
@@ -184,14 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        output = f"{folder}/results.json"
-        arguments = (options.workers, port, options.repeats, options.steps, output)
-        mp.spawn(contest, args=arguments, nprocs=options.workers, join=True)
-        results = json.loads(Path(output).read_text())
+    results = run_ranks(contest, options.workers, options.workers, options.repeats, options.steps)[0]
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
         f"ZeRO-2, fp32, ranks: {options.workers}"

@@ -14,8 +14,10 @@ from temper import checkpoint
 from temper.checkpoint import CheckpointReader
 from temper.config.schema import JobConfig
 from temper.engine.base import EngineState, StepResult
+from temper.engine.build import build_engine as engine_of
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.engine.deepspeed_setup import prepare
+from temper.parallel.groups import MeshGroups, build_groups
 from temper.plan.deepspeed_config import deepspeed_config
 from temper.plan.mesh import BatchPlan, MeshPlan, plan_batch
 
@@ -41,6 +43,10 @@ class Case:
     clip: float | None = None
     accumulation: int = 1
     scale: dict[str, Any] = field(default_factory=dict, compare=False)
+    pipeline: int = 1
+    tensor: int = 1
+    cut: tuple[int, ...] = (0, 4)
+    splits: dict[str, str] = field(default_factory=dict)
 
     def job(self, workers: int) -> JobConfig:
         return JobConfig.model_validate(
@@ -50,7 +56,13 @@ class Case:
                 "data": {"kind": "digits", "global_batch": BATCH},
                 "optimizer": {**OPTIMIZERS[self.optimizer], "clip_norm": self.clip},
                 "precision": {"dtype": self.dtype, **self.scale},
-                "parallel": {"workers": workers, "zero": self.zero, "offload": self.offload},
+                "parallel": {
+                    "workers": workers,
+                    "zero": self.zero,
+                    "offload": self.offload,
+                    "pipeline": self.pipeline,
+                    "tensor": self.tensor,
+                },
                 "budget": {"steps": STEPS},
             }
         )
@@ -58,7 +70,13 @@ class Case:
     def __str__(self) -> str:
         clip = f"-clip{self.clip}" if self.clip else ""
         offload = "-offload" if self.offload != "none" else ""
-        return f"zero{self.zero}{offload}-{self.dtype}-{self.optimizer}{clip}-acc{self.accumulation}"
+        mesh = f"-pipeline{self.pipeline}" if self.pipeline > 1 else ""
+        mesh += f"-tensor{self.tensor}-{'-'.join(sorted(set(self.splits.values())))}" if self.tensor > 1 else ""
+        return f"zero{self.zero}{offload}{mesh}-{self.dtype}-{self.optimizer}{clip}-acc{self.accumulation}"
+
+    def mesh(self, workers: int) -> MeshPlan:
+        cut = self.cut if self.pipeline > 1 else ()
+        return MeshPlan(workers, self.pipeline, "cpu", self.tensor, cut, self.splits)
 
 
 def build_net() -> nn.Module:
@@ -88,12 +106,12 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {"cross_entropy": nn.functional.cross_entropy(outputs.float(), targets)}
 
 
-def reference(optimizer: str, clip: float | None, accumulation: int) -> dict[str, Tensor]:
-    """The plain loop; returns the state of the model after 20 steps."""
+def reference(optimizer: str, clip: float | None, accumulation: int, steps: int = STEPS) -> dict[str, Tensor]:
+    """The plain loop; returns the state of the model after `steps`."""
     model = build_net()
     section = {key: value for key, value in OPTIMIZERS[optimizer].items() if key != "kind"}
     stepper = TORCH[optimizer](model.parameters(), **section)
-    for inputs, targets in build_batches():
+    for inputs, targets in build_batches()[:steps]:
         stepper.zero_grad()
         for x, y in zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True):
             (nn.functional.cross_entropy(model(x), y) / accumulation).backward()
@@ -103,20 +121,24 @@ def reference(optimizer: str, clip: float | None, accumulation: int) -> dict[str
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def build_engine(case: Case, workers: int, model: nn.Module | None = None) -> tuple[DeepSpeedEngine, BatchPlan]:
+def build_engine(
+    case: Case, groups: MeshGroups | None = None, model: nn.Module | None = None
+) -> tuple[DeepSpeedEngine, BatchPlan]:
+    """The case's engine over all ranks; `groups`, once made, serve for any case with the same mesh."""
     prepare("cpu")
-    job = case.job(workers)
+    workers = dist.get_world_size() // (case.pipeline * case.tensor)
+    job, mesh = case.job(workers), case.mesh(workers)
     batch = plan_batch(BATCH, workers, BATCH // workers // case.accumulation)
-    mesh = MeshPlan(workers, 1, "cpu")
     model = build_net() if model is None else model
+    groups = groups or build_groups(workers, case.pipeline, case.tensor)
     config = deepspeed_config(job, batch, mesh, sum(param.numel() for param in model.parameters()))
-    return DeepSpeedEngine(model, cross_entropy, job, batch, mesh, config), batch
+    return engine_of(model, cross_entropy, job, batch, mesh, groups, config), batch
 
 
 def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int) -> StepResult:
     """Step `number` (0-based) on this rank's rows, laid out as data.batches does."""
     inputs, targets = build_batches()[number]
-    chunk, rank = BATCH // batch.accumulation, dist.get_rank()
+    chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
     rows = torch.cat(
         [
             torch.arange(chunk * index + rank * batch.micro_batch, chunk * index + (rank + 1) * batch.micro_batch)
@@ -146,15 +168,19 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
 
 
 def train_case(
-    case: Case, folder: Path, first: int = 0, last: int = STEPS, resume: Path | None = None
+    case: Case,
+    folder: Path,
+    first: int = 0,
+    last: int = STEPS,
+    resume: Path | None = None,
+    groups: MeshGroups | None = None,
 ) -> dict[str, Any]:
     """Trains steps `first` … `last`, from `resume` where given; saves the end and says what each step gave."""
-    workers = dist.get_world_size()
-    engine, batch = build_engine(case, workers)
+    engine, batch = build_engine(case, groups)
     if resume is not None:
         load(engine, resume)
     results = [step(engine, batch, case, number) for number in range(first, last)]
-    saved = save(engine, folder / f"{case}-{first}-{last}-{workers}", last)
+    saved = save(engine, folder / f"{case}-{first}-{last}-{dist.get_world_size()}", last)
     return {
         "checkpoint": saved,
         "losses": [float(result.loss) for result in results],

@@ -24,10 +24,10 @@ def write(root: Path, step: int, cuts: tuple[int, ...] = (0, 10, 24), records: t
     folder = checkpoint.checkpoint_folder(root, step)
     for rank, (start, stop) in enumerate(itertools.pairwise(cuts)):
         part = WEIGHT[start:stop]
-        shards = [Shard("net.weight", (4, 6), start, {MASTER: part, "exp_avg": part * 2})] if stop > start else []
+        shards = [Shard("net.weight", start, {MASTER: part, "exp_avg": part * 2})] if stop > start else []
         if rank == 0:
-            shards.append(Shard("net.running_mean", (3,), 0, {BUFFER: torch.tensor([1.0, 2.0, 3.0])}))
-            shards.append(Shard("net.count", (), 0, {BUFFER: torch.tensor([7])}))
+            shards.append(Shard("net.running_mean", 0, {BUFFER: torch.tensor([1.0, 2.0, 3.0])}))
+            shards.append(Shard("net.count", 0, {BUFFER: torch.tensor([7])}))
         checkpoint.write_shards(folder, rank, shards)
     checkpoint.write_manifest(folder, len(cuts) - 1, {"step": step, "engine": {}}, SHAPES, records)
     return folder

@@ -306,8 +306,8 @@ def trained(job: Path, tmp_path: Path) -> Path:
         (folder / "plan.json").write_text(json.dumps(plan.to_dict()))
     (tmp_path / plan.run_folder / "run.json").write_text(json.dumps({"run_id": RUN_ID, "uri": "", "open": False}))
     model = build_model(plan.job.model, data_facts(plan.job.data, tmp_path), 0)
-    shards = [Shard(name, tuple(p.shape), 0, {MASTER: p.detach().reshape(-1)}) for name, p in model.named_parameters()]
-    shards += [Shard(name, tuple(b.shape), 0, {BUFFER: b.reshape(-1)}) for name, b in model.named_buffers()]
+    shards = [Shard(name, 0, {MASTER: p.detach().reshape(-1)}) for name, p in model.named_parameters()]
+    shards += [Shard(name, 0, {BUFFER: b.reshape(-1)}) for name, b in model.named_buffers()]
     folder = checkpoint.checkpoint_folder(phase_folder / "checkpoints", 30)
     checkpoint.write_shards(folder, 0, shards)
     records = [{"step": 30, "time_ms": 1, "metrics": {"test/accuracy": 0.125}}]

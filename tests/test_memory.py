@@ -47,7 +47,7 @@ def tensors() -> dict[int, int]:
 def held(case: Case) -> int:
     """Bytes that this rank's engine holds in its second step, when the backward passes are done."""
     before = tensors()
-    engine, batch = build_engine(case, WORKERS, build_model())
+    engine, batch = build_engine(case, model=build_model())
     step(engine, batch, case, 0)
     inner, waiting, seen = engine._engine, case.accumulation, 0
     original = inner.step

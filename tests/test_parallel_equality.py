@@ -108,7 +108,7 @@ def _evaluate_between(rank: int) -> list[list[float]]:
     runs = []
     for evaluated in (False, True):
         case = Case(zero=2)
-        engine, batch = build_engine(case, 2, nn.Sequential(build_net(), nn.Dropout(0.5)))
+        engine, batch = build_engine(case, model=nn.Sequential(build_net(), nn.Dropout(0.5)))
         losses = []
         for number in range(4):
             losses.append(float(step(engine, batch, case, number).loss))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from temper.plan.facts import data_facts
 from temper.plan.memory import plan_memory
 from temper.plan.mesh import BatchPlan, ClusterShape, MeshPlan, check_mesh, local_cluster, plan_batch, plan_mesh
 from temper.plan.phases import fingerprint, ingredients, plan_steps
-from temper.plan.probe import ModelFacts, model_facts
+from temper.plan.probe import ModelFacts, Weights, model_facts
 from temper.plan.show import plan_table
 from temper.plan.targets import check_targets, find_module, hash_module
 
@@ -44,7 +44,7 @@ BASE = {
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
     """A storage folder, and a probe that answers FACTS without starting a process."""
-    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(FACTS.__dict__)))
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(FACTS))))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
@@ -137,7 +137,9 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, present,
 def test_a_plan_is_plain_json(storage):
     plan = planned("precision.dtype=fp16", "parallel={workers: 2, zero: 2, micro_batch: 16}")
     value = json.loads(json.dumps(plan.to_dict()))
-    assert value["mesh"] == {"data": 2, "pipeline": 1, "device": "cpu", "world_size": 2}
+    mesh_plan = {"data": 2, "pipeline": 1, "tensor": 1, "device": "cpu", "cut": [], "splits": {}}
+    assert value["mesh"] == {**mesh_plan, "world_size": 2}
+    assert value["stages"] == []
     assert value["batch"] == {"global_batch": 64, "rank_batch": 32, "micro_batch": 16, "accumulation": 2}
     assert [phase["name"] for phase in value["phases"]] == ["dense"]
     assert (plan.phases[0].first_step, plan.phases[0].steps) == (0, 100)
@@ -151,7 +153,7 @@ def test_people_read_what_will_happen(storage):
         planned("precision.dtype=fp16", "parallel={workers: 2, zero: 2}", "optimizer.schedule.kind=cosine")
     )
     for part in (
-        "data 2 × pipeline 1 = 2 ranks on cpu",
+        "data 2 × pipeline 1 × tensor 1 = 2 ranks on cpu",
         "64 = 2 ranks × 1 micro-batch × 32 examples",
         "ZeRO stage 2",
         "cosine: 0.1 at step 0",
@@ -160,6 +162,81 @@ def test_people_read_what_will_happen(storage):
         "1×8×8, 10 classes",
     ):
         assert part in text
+
+
+SPLITS = {f"layer{number}.conv": "output_maps" for number in range(12)} | {"fc": "input_activations"}
+SPLIT_FACTS = replace(FACTS, splits=SPLITS, part=Weights(520, (300, 150, 70), 40))
+
+
+def test_tensor_ranks_hold_their_parts(storage, monkeypatch):
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(SPLIT_FACTS))))
+    plan = planned("parallel={workers: 2, tensor: 2, zero: 1}")
+    assert (plan.mesh.tensor, plan.mesh.world_size, plan.mesh.splits) == (2, 4, SPLITS)
+    assert plan.memory.parameters == 4 * 520 + 40
+    assert plan.memory.optimizer_state == 4 * 260 * 2, "ZeRO shards a rank's part over the replicas"
+    assert plan.phases[0].deepspeed["zero_optimization"]["reduce_bucket_size"] == 520
+    text = plan_table(plan)
+    for part in (
+        "data 2 × pipeline 1 × tensor 2 = 4 ranks on cpu",
+        "output_maps: layer0.conv, layer1.conv, layer2.conv, … (12)",
+        "input_activations: fc\n",
+        "GFLOP in a step on every 2 tensor ranks together",
+        "64 = 2 replicas × 1 micro-batch × 32 examples",
+    ):
+        assert part in text
+
+
+def test_patterns_are_asked_in_their_order(storage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe, "_ask", lambda question, *_: asked.append(question) or asdict(SPLIT_FACTS))
+    patterns = ("a*: output_maps", "b*: input_maps")
+    for order in (patterns, patterns[::-1]):
+        planned(f"parallel={{tensor: 2, split: {{{', '.join(order)}}}}}")
+    assert [question["tensor"]["split"][0][0] for question in asked] == ["a*", "b*"], "the first that matches counts"
+    planned()
+    assert asked[-1]["tensor"] is None
+
+
+SERVER = "parallel={mode: parameter_server, workers: 2, shards: 3, n_push: 4, n_fetch: 2, max_staleness: 5}"
+
+
+def test_a_parameter_server_in_the_plan(storage):
+    plan = planned(SERVER, "parallel.warm_start_steps=10")
+    assert plan.mesh == MeshPlan(2, 1, "cpu")
+    assert plan.phases[0].deepspeed == {}
+    text = plan_table(plan)
+    for part in (
+        "2 workers on cpu, each on its own, and a parameter server of 3 shards",
+        "3 shards of 334 parameters and their optimizer state",
+        "fetch every 2 steps, push every 4 steps; a worker may be ahead of the slowest by at most 5 pushes",
+        "one worker alone for 10 steps",
+        "64 = 2 workers × 32 examples",
+        "server memory  2.6 KiB in each shard: weights and optimizer state",
+        "note: workers of a parameter server do not wait for each other",
+    ):
+        assert part in text
+    assert "sharding" not in text
+
+
+def test_a_server_holds_the_state_and_workers_add_up_between_pushes(storage):
+    memory = planned(SERVER).memory
+    assert (memory.parameters, memory.gradients, memory.optimizer_state) == (4 * 1000 + 40, 2 * 4 * 1000, 0)
+    assert memory.server == 4 * 334 * 2, "weights and momentum"
+    assert planned("parallel={mode: parameter_server}").memory.gradients == 4 * 1000
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [
+        ("{dtype: tf32}", "tf32\n"),
+        ("{dtype: bf16, master_weights: false}", "bf16, no master weights\n"),
+        ("{dtype: fp16, loss_scale: 8, fp32_accumulation: false}", "fp16, loss scale 8, no fp32 accumulation\n"),
+        ("{dtype: fp16, at_min_scale: hold, min_scale: 4}", "doubled after 1000 clean steps, at scale 4 skips steps\n"),
+        ("{dtype: fp16, loss_scale: 1, underflow_every: 7}", "flushed gradients counted every 7 steps\n"),
+    ],
+)
+def test_precision_in_the_plan(storage, precision, said):
+    assert said in plan_table(planned(f"precision={precision}"))
 
 
 @pytest.mark.parametrize(("epochs", "batch", "steps"), [(1, 64, 22), (2.5, 64, 56), (0.001, 64, 1), (3, 1437, 3)])
@@ -185,6 +262,16 @@ def test_batches_run_on_across_epochs(epochs, batch, steps):
         (["tracking.uri=sqlit:///a.db"], "tracking.uri", "did you mean 'sqlite'?"),
         (["tracking.uri='http://'"], "tracking.uri", "names no host"),
         (["model={kind: python, target: no_such_module:build}"], "model.target", "names the module no_such_module"),
+        (["model={kind: gpt}"], "model.kind", "takes token ids, and data of kind digits are images"),
+        (
+            [
+                "model={kind: mlp}",
+                "data={kind: synthetic, shape: [8], global_batch: 8}",
+                "parallel={tensor: 4, split: {fc: image_blocks}}",
+            ],
+            "parallel.split.fc",
+            "needs images (channels, height, width), and an example has the shape [8]",
+        ),
         (["loss={kind: python, target: json:nothing}"], "loss.target", "does not define; it has dump, dumps"),
     ],
 )
@@ -219,12 +306,12 @@ def test_the_tracking_address_of_the_environment_is_checked_too(storage, monkeyp
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        (replace(FACTS, output_shape=(8,)), "gives 8 outputs per example, and the data has 10 classes"),
+        (replace(FACTS, output_shape=(64, 8)), "gives 8 outputs per example, and the data has 10 classes"),
         (replace(FACTS, num_trainable=0, parameter_sizes=()), "has no trainable parameter"),
     ],
 )
 def test_a_model_that_cannot_learn_the_data_is_refused(storage, monkeypatch, facts, said):
-    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(facts.__dict__)))
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(facts))))
     assert said in refused()["model"]
 
 
@@ -251,6 +338,7 @@ def test_a_model_that_cannot_learn_the_data_is_refused(storage, monkeypatch, fac
         "parallel={zero: 1, offload: cpu}",
         "parallel.cpus_per_worker=2",
         "budget.steps=101",
+        "parallel.mode=parameter_server",
     ],
 )
 def test_what_decides_the_weights_changes_the_fingerprint(storage, override):
@@ -280,9 +368,36 @@ def test_what_no_weight_depends_on_does_not(storage, override):
     assert planned(override).fingerprint == planned().fingerprint
 
 
-def test_the_loss_scale_counts_in_fp16_only(storage):
+@pytest.mark.parametrize(
+    ("job", "change"),
+    [
+        ("precision.dtype=fp16", "precision.scale_window=10"),
+        ("precision.dtype=fp16", "precision.at_min_scale=back_off"),
+        ("precision.dtype=bf16", "precision.master_weights=false"),
+        ("precision.dtype=bf16", "precision.fp32_accumulation=false"),
+        ("parallel.mode=parameter_server", "parallel.shards=2"),
+        ("parallel.mode=parameter_server", "parallel.n_fetch=2"),
+        ("parallel.mode=parameter_server", "parallel.n_push=2"),
+        ("parallel.mode=parameter_server", "parallel.max_staleness=0"),
+        ("parallel.mode=parameter_server", "parallel.warm_start_steps=5"),
+    ],
+)
+def test_what_acts_in_one_mode_only_changes_its_fingerprints(storage, job, change):
+    assert planned(job, change).fingerprint != planned(job).fingerprint
+
+
+def test_counting_flushed_gradients_changes_no_weight(storage):
     fp16 = "precision.dtype=fp16"
-    assert planned(fp16, "precision.scale_window=10").fingerprint != planned(fp16).fingerprint
+    assert planned(fp16, "precision.underflow_every=5").fingerprint == planned(fp16).fingerprint
+
+
+def test_the_splits_are_in_the_fingerprint_and_not_the_patterns(storage, monkeypatch):
+    prints = []
+    for splits, patterns in ((SPLITS, "{}"), (SPLITS, "{fc: input_activations}"), ({"fc": "input_activations"}, "{}")):
+        facts = replace(SPLIT_FACTS, splits=splits)
+        monkeypatch.setattr(probe, "_ask", lambda *_, facts=facts: asdict(facts))
+        prints.append(planned(f"parallel={{tensor: 2, split: {patterns}}}", f"storage=runs{len(prints)}").fingerprint)
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_a_fingerprint_is_over_the_one_before_and_canonical_json():
@@ -298,6 +413,8 @@ def test_ingredients_can_be_printed_and_compared(storage):
     assert json.loads(json.dumps(recipe)) == recipe
     assert recipe["topology"]["micro_batch"] == 64
     assert recipe["precision"] == {"dtype": "fp32"}
+    keys = {"data", "pipeline", "zero", "offload", "micro_batch", "device", "threads"}
+    assert recipe["topology"].keys() == keys, "what does not act is left out"
     assert recipe["model"]["num_classes"] == 10
     assert recipe["libraries"]["torch"].startswith("2.")
     assert fingerprint(recipe) == planned().fingerprint
@@ -355,7 +472,7 @@ def test_a_target_that_is_not_python_is_a_problem(tmp_path, monkeypatch):
 def test_the_model_is_asked_once_and_again_when_it_changes(storage, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        probe, "_ask", lambda question, *_: asked.append(question) or json.loads(json.dumps(FACTS.__dict__))
+        probe, "_ask", lambda question, *_: asked.append(question) or json.loads(json.dumps(asdict(FACTS)))
     )
     assert planned().model == FACTS
     assert planned("optimizer.lr=1", "seed=3").model == FACTS
@@ -503,6 +620,26 @@ def test_large_parameters_are_cut_by_stage_3():
     facts = replace(FACTS, num_parameters=400_001, num_trainable=400_001, parameter_sizes=(300_000, 100_001))
     memory = plan_memory(job_of("parallel.zero=3"), facts, MeshPlan(2, 1, "cpu"), plan_batch(64, 2))
     assert memory.parameters == 4 * (150_000 + 50_001) + FACTS.buffer_bytes
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "bytes_of"),
+    [
+        (0, 1, lambda count, _: 16 * count),
+        (1, 4, lambda count, ranks: 4 * count + 12 * count / ranks),
+        (2, 4, lambda count, ranks: 2 * count + 14 * count / ranks),
+        (3, 4, lambda count, ranks: 16 * count / ranks),
+        # In a mesh Ψ is the rank's part of the model.
+        (1, 2, lambda count, ranks: 4 * count + 12 * count / ranks),
+    ],
+)
+def test_memory_of_fp16_and_adam_is_that_of_the_zero_paper(zero, ranks, bytes_of):
+    """Rajbhandari et al. (2020), section 3, for parameters that divide evenly and that stage 3 cuts."""
+    sizes, count = (200_000,) * 8, 1_600_000
+    facts = replace(FACTS, num_parameters=count, num_trainable=count, parameter_sizes=sizes, buffer_bytes=0)
+    job = job_of(ADAM, "precision.dtype=fp16", f"parallel.zero={zero}")
+    memory = plan_memory(job, facts, MeshPlan(ranks, 1, "cpu"), plan_batch(64, ranks))
+    assert memory.parameters + memory.gradients + memory.optimizer_state == bytes_of(count, ranks)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

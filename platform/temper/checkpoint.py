@@ -2,15 +2,17 @@
 
 A checkpoint is a folder `step-00000500/`:
 
-    rank-00000.safetensors   the ranges that rank 0 owns, one per key `<kind>/<name>/<start>`
+    rank-00000.safetensors   the ranges that rank 0 owns, one per key `<kind>/<name>/<start>`, of a tensor that is
+                             cut over tensor ranks `<kind>/<name>@<dim>:<from>-<to>[,…]/<start>`
     …
     state.json               step, counters, the optimizer's step, the loss scaler, shapes
     records.jsonl            the records since the checkpoint before it (see tracking.history)
     manifest.json            size and SHA-256 of each file; written last, atomically
 
-`kind` is `master` (fp32 weights), `buffer`, or the name of an optimizer's moment. A reader assembles any range of any
-tensor from whatever ranges were written, so a run resumes on another number of workers or ZeRO stage. Nothing is
-pickled. Without a manifest, or where a file differs from it, a checkpoint does not exist.
+`kind` is `master` (fp32 weights), `buffer`, or the name of an optimizer's moment. `start` counts in the flattened
+tensor, or in the flattened part of it that the cut describes. A reader assembles any range of any tensor from whatever
+ranges were written, so a run resumes on any other topology. Nothing is pickled. Without a manifest, or where a file
+differs from it, a checkpoint does not exist.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from temper.errors import CheckpointError
 from temper.files import read_json, sync, write_json
+from temper.parallel.cut import Cut
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -41,20 +44,36 @@ RECORDS = "records.jsonl"
 MASTER = "master"
 BUFFER = "buffer"
 _FOLDER = re.compile(r"^step-(\d{8,})$")
-_KEY = re.compile(r"^(?P<kind>[^/]+)/(?P<name>.+)/(?P<start>\d+)$")
+_KEY = re.compile(r"^(?P<kind>[^/]+)/(?P<name>[^@]+)(@(?P<cut>\d+:[\d,-]+))?/(?P<start>\d+)$")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One rank's range `[start, start + numel)` of the flattened tensor `name`, for each kind of value it holds.
 
-    `tensors` are flat views of the live values, all of the same length.
+    `tensors` are flat views of the live values, all of the same length. With a `cut`, the range is one of the flattened
+    part that the cut describes.
     """
 
     name: str
-    shape: tuple[int, ...]
     start: int
     tensors: Mapping[str, Tensor]
+    cut: Cut | None = None
+
+    def key(self, kind: str) -> str:
+        return f"{kind}/{self.name}{_cut_text(self.cut)}/{self.start}"
+
+
+def _cut_text(cut: Cut | None) -> str:
+    return "" if cut is None else f"@{cut.dim}:{','.join(f'{start}-{stop}' for start, stop in cut.ranges)}"
+
+
+def _parse_cut(text: str | None, shape: tuple[int, ...]) -> Cut | None:
+    if text is None:
+        return None
+    dim, _, ranges = text.partition(":")
+    pairs = (tuple(map(int, pair.split("-"))) for pair in ranges.split(","))
+    return Cut(shape, int(dim), tuple((start, stop) for start, stop in pairs))
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -68,7 +87,7 @@ def write_shards(folder: Path, rank: int, shards: Sequence[Shard]) -> None:
     """Writes a rank's shards and, beside them, their size and digest for the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{kind}/{shard.name}/{shard.start}": tensor.detach().cpu().contiguous()
+        shard.key(kind): tensor.detach().cpu().contiguous()
         for shard in shards
         for kind, tensor in shard.tensors.items()
     }
@@ -196,20 +215,22 @@ class CheckpointReader:
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         paths = [folder / name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
         self._files = [safe_open(path, framework="pt") for path in paths]
-        self._ranges: dict[tuple[str, str], list[_Range]] = {}
+        self._ranges: dict[tuple[str, str, Cut | None], list[_Range]] = {}
         for index, file in enumerate(self._files):
             self._index(index, file)
         for ranges in self._ranges.values():
             ranges.sort(key=lambda item: item.start)
+        self._joined: tuple[tuple[str, str], Tensor] | None = None
 
     def _index(self, index: int, file: Any) -> None:
         for key in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
             match = _KEY.match(key)
-            if match is None:
+            if match is None or match["name"] not in self.shapes:
                 raise CheckpointError(f"{self.folder}: unexpected tensor {key!r}")
             start = int(match["start"])
             stop = start + file.get_slice(key).get_shape()[0]
-            self._ranges.setdefault((match["kind"], match["name"]), []).append(_Range(start, stop, index, key))
+            place = match["kind"], match["name"], _parse_cut(match["cut"], self.shapes[match["name"]])
+            self._ranges.setdefault(place, []).append(_Range(start, stop, index, key))
 
     @property
     def step(self) -> int:
@@ -217,22 +238,52 @@ class CheckpointReader:
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors that have values of `kind`, in the order of the model."""
-        return [name for name in self.shapes if (kind, name) in self._ranges]
+        found = {name for other, name, _ in self._ranges if other == kind}
+        return [name for name in self.shapes if name in found]
 
     def moments(self) -> list[str]:
         """Kinds of the optimizer's moments in this checkpoint."""
-        return sorted({kind for kind, _ in self._ranges} - {MASTER, BUFFER})
+        return sorted({kind for kind, *_ in self._ranges} - {MASTER, BUFFER})
 
-    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """The flat range `[start, start + numel)` of a tensor; the whole of it by default."""
-        total = math.prod(self.shapes[name])
+    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None, cut: Cut | None = None) -> Tensor:
+        """The flat range `[start, start + numel)` of a tensor, or of the part of it that `cut` describes; by default
+        all of it."""
+        if (kind, name, cut) not in self._ranges and self._cuts(kind, name):
+            # Written under another cut, or whole: the tensor is put together and cut as asked.
+            whole = self._join(kind, name)
+            flat = (whole if cut is None else cut.take(whole)).reshape(-1)
+            return flat if numel is None else flat[start : start + numel]
+        total = math.prod(self.shapes[name] if cut is None else cut.part_shape)
         stop = total if numel is None else start + numel
-        pieces = list(self._pieces(kind, name, start, stop))
+        pieces = list(self._pieces(kind, name, cut, start, stop))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
+    def _cuts(self, kind: str, name: str) -> list[Cut | None]:
+        return [cut for other_kind, other_name, cut in self._ranges if (other_kind, other_name) == (kind, name)]
+
+    def _join(self, kind: str, name: str) -> Tensor:
+        """The whole tensor from the parts that tensor ranks wrote. The last one is kept: a rank asks for many ranges of
+        one tensor in a row."""
+        if self._joined is None or self._joined[0] != (kind, name):
+            self._joined = (kind, name), self._put_together(kind, name)
+        return self._joined[1]
+
+    def _put_together(self, kind: str, name: str) -> Tensor:
+        cuts = self._cuts(kind, name)
+        if None in cuts:
+            return self.read(kind, name).reshape(self.shapes[name])
+        parts = [(cut, self.read(kind, name, cut=cut).reshape(cut.part_shape)) for cut in cuts if cut is not None]
+        covered = sum(part.numel() for _, part in parts)
+        whole = torch.empty(self.shapes[name], dtype=parts[0][1].dtype)
+        if covered != whole.numel():
+            raise CheckpointError(f"{self.folder}: the parts of {kind} of {name} do not make the whole")
+        for cut, part in parts:
+            cut.put(part, whole)
+        return whole
+
+    def _pieces(self, kind: str, name: str, cut: Cut | None, start: int, stop: int) -> Iterator[Tensor]:
         position = start
-        for item in self._ranges.get((kind, name), ()):
+        for item in self._ranges.get((kind, name, cut), ()):
             if item.stop <= position or item.start > position:
                 continue
             end = min(stop, item.stop)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from temper import __version__
-from temper.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, TemperError
+from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, TemperError
 
 DESCRIPTION = "temper trains networks well and cheaply on a Ray cluster."
 
@@ -94,6 +94,26 @@ def _train(options: argparse.Namespace) -> None:
     _print_json(options, result.to_dict())
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from temper.config.load import resolve_job
+    from temper.launch.cluster import check_address
+
+    check_address(options.address)
+    job, folder = resolve_job(options.job, options.overrides)
+    from temper.launch.verify import launch_verify
+
+    typed = _typed("verify", options)
+    done = launch_verify(job, folder, steps=options.steps, address=options.address, command=typed, say=_say)
+    for comparison in done.comparisons:
+        for step in comparison.steps[1:]:
+            worst = ", ".join(f"{what} {error:.1e} ({name})" for what, (name, error) in step.worst.items())
+            _say(f"  {comparison.dtype} step {step.step}: loss {step.loss:.6f}; largest errors: {worst}")
+    _say(f"{job.name}: {'equal to one process' if done.difference is None else 'DIFFERS: ' + done.difference}")
+    _say(f"  certificate in MLflow run {done.run_id}")
+    _print_json(options, {"status": "equal" if done.difference is None else "differs", **done.to_dict()})
+    return EXIT_DONE if done.difference is None else EXIT_FAILED
+
+
 def _eval(options: argparse.Namespace) -> None:
     from temper.export import evaluate_product, find_product
 
@@ -166,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_job_command(commands, "plan", _plan, "what will happen, and what it costs")
     train = _add_job_command(commands, "train", _train, "train a job; reuses what is finished, resumes what was broken")
-    train.add_argument("--address", default="local", help="local (an embedded Ray), auto, HOST:PORT or ray://…")
+    verify = _add_job_command(
+        commands, "verify", _verify, "prove that this topology computes what one process computes"
+    )
+    verify.add_argument("--steps", type=_positive, default=3, help="optimizer steps that are compared (default: 3)")
+    for command in (train, verify):
+        command.add_argument("--address", default="local", help="local (an embedded Ray), auto, HOST:PORT or ray://…")
     train.add_argument("--fresh", action="store_true", help="forget what was computed for this job and train it again")
     evaluate = _add_command(commands, "eval", _eval, "evaluate a run or checkpoint on its job's test split")
     export = _add_command(commands, "export", _export, "write a run's model for plain PyTorch")
@@ -182,6 +207,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (evaluate, export, ui, doctor):
         command.add_argument("--storage", default="./runs", help="where the runs are (default: ./runs)")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
 
 
 def _add_command(

@@ -12,6 +12,7 @@ from torch import Tensor
 from temper.data.batches import Batch
 from temper.engine.base import LossFunction
 from temper.outputs import logits_of
+from temper.parallel.groups import Group
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -23,8 +24,9 @@ def evaluate(
     loss: LossFunction,
     metrics: MetricCollection,
     device: torch.device,
+    group: Group | None = None,
 ) -> dict[str, float]:
-    """Mean loss and metrics over the split whose share `batches` gives this rank.
+    """Mean loss and metrics over the split whose share `batches` gives this rank of `group`, by default all of it.
 
     Collective: every rank must be given equally many batches. A batch's `int` counts its valid leading rows.
     """
@@ -39,7 +41,7 @@ def evaluate(
         batch_loss = sum(float(value) for value in terms.values())
         totals += torch.tensor([batch_loss * num_valid, num_valid], dtype=torch.float64, device=device)
         metrics.update(outputs, targets)
-    if dist.is_initialized():
-        dist.all_reduce(totals)
+    if group is not None and group.size > 1:
+        dist.all_reduce(totals, group=group.process_group)
     values = {name: float(value) for name, value in metrics.compute().items()}
     return {"loss": float(totals[0] / totals[1]), **values}

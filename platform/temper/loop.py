@@ -1,4 +1,4 @@
-"""The one training loop: step, report, evaluate, save.
+"""The one training loop: step, watch, report, evaluate, save.
 
 Everything that decides a result is a function of the step: the batch, the learning rate, the seed of dropout. The
 state to resume is therefore small, and a run that was broken anywhere goes on to the same weights.
@@ -10,8 +10,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,30 +19,81 @@ from torch import Tensor
 
 from temper.data.batches import Batch, DataState
 from temper.engine.base import Engine, StepResult
+from temper.errors import RunError
+from temper.precision.watch import Observation, Watch, WatchedStep, unwatched
 
 Record = dict[str, Any]
-"""`{"step": int, "time_ms": int, "metrics": {name: float}}`: what is known of one step."""
+"""`{"step": int, "time_ms": int, "metrics": {name: float}}`: what is known of one step. Where something happened in it
+that numbers do not say, `"events": [str]`."""
 
 REPORT_INTERVAL_S = 2.0
+MOST_BACK_OFFS = 3
+"""Times that a run goes back to its last checkpoint without one applied step in between."""
 
 
 @dataclass(frozen=True)
 class TrainState:
     """All that is resumable beside tensors.
 
-    `step` counts global batches, `applied` those that changed the weights; `seconds` is the time that steps took.
+    `step` counts global batches, `applied` those whose updates are in the weights, `undone` those whose updates were
+    taken back; `seconds` is the time that steps took. `back_offs` counts returns to a checkpoint, `back_offs_in_row`
+    those since the last applied step.
     """
 
     step: int = 0
     applied: int = 0
     seconds: float = 0.0
+    undone: int = 0
+    back_offs: int = 0
+    back_offs_in_row: int = 0
 
     @property
     def skipped(self) -> int:
-        return self.step - self.applied
+        return self.step - self.applied - self.undone
 
     def after(self, result: StepResult, seconds: float) -> TrainState:
-        return TrainState(self.step + 1, self.applied + int(result.applied), self.seconds + seconds)
+        return replace(
+            self,
+            step=self.step + 1,
+            applied=self.applied + int(result.applied),
+            seconds=self.seconds + seconds,
+            back_offs_in_row=0 if result.applied else self.back_offs_in_row,
+        )
+
+    def backed_off_to(self, good: TrainState) -> TrainState:
+        """The state with the weights of `good`; the batches since then are not trained on again."""
+        return replace(
+            self,
+            applied=good.applied,
+            undone=self.undone + self.applied - good.applied,
+            back_offs=self.back_offs + 1,
+            back_offs_in_row=self.back_offs_in_row + 1,
+        )
+
+
+Recovery = Callable[[TrainState], TrainState | None]
+"""What to do when gradients overflow and the loss scale cannot fall: the state to go on from; None: the run ends."""
+
+
+def build_recovery(policy: Literal["stop", "hold", "back_off"], restore: Callable[[], TrainState | None]) -> Recovery:
+    """The recovery that `precision.at_min_scale` names.
+
+    `stop` ends the run. `hold` goes on: the step was skipped. `back_off` calls `restore`, which loads the newest
+    checkpoint, loss scale included, and returns its state or None where there is no checkpoint; the run ends where
+    there is none, and at the fourth time in a row without an applied step in between.
+    """
+
+    def stop(state: TrainState) -> TrainState | None:
+        return None
+
+    def hold(state: TrainState) -> TrainState | None:
+        return state
+
+    def back_off(state: TrainState) -> TrainState | None:
+        good = restore() if state.back_offs_in_row < MOST_BACK_OFFS else None
+        return None if good is None else state.backed_off_to(good)
+
+    return {"stop": stop, "hold": hold, "back_off": back_off}[policy]
 
 
 @dataclass(frozen=True)
@@ -106,6 +157,7 @@ class Reporter:
         self._global_batch, self._record_every = global_batch, record_every
         self._pending: list[_Entry] = []
         self._extra: dict[int, dict[str, float]] = {}
+        self._events: dict[int, list[str]] = {}
         self._segment: list[Record] = []
         self._flushed_step = self._next_report = first_step
         self._flushed_at = time.perf_counter()
@@ -116,6 +168,8 @@ class Reporter:
         values = {"train/lr": lr}
         if result.loss_scale is not None:
             values |= {"precision/loss_scale": result.loss_scale, "precision/skipped_steps": float(state.skipped)}
+        if state.back_offs:
+            values["precision/back_offs"] = float(state.back_offs)
         terms = list(result.terms) if len(result.terms) > 1 else []
         losses = torch.stack([result.loss, *(result.terms[term] for term in terms)])
         names = ["train/loss", *(f"train/loss/{term}" for term in terms)]
@@ -124,6 +178,13 @@ class Reporter:
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds results of an evaluation to the record of `step`."""
         self._extra.setdefault(step, {}).update(metrics)
+
+    def add_observation(self, step: int, seen: Observation) -> None:
+        """Adds what was seen of `step` beside its results; a step with events is always recorded."""
+        if seen.metrics:
+            self.add_metrics(step, seen.metrics)
+        if seen.events:
+            self._events[step] = list(seen.events)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,13 +202,17 @@ class Reporter:
         records = [
             self._record(entry, loss, step_s)
             for entry, loss in zip(self._pending, losses, strict=True)
-            if entry.step % self._record_every == 0 or entry.step == 1 or entry.step in self._extra
+            if self._is_recorded(entry.step)
         ]
         self._pending.clear()
         self._extra.clear()
+        self._events.clear()
         self._segment += records
         self._report(records if self._rank == 0 else [])
         self._flushed_step, self._flushed_at = step, time.perf_counter()
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self._record_every == 0 or step == 1 or step in self._extra or step in self._events
 
     def take_segment(self) -> list[Record]:
         """The records since this was last called; they are stored with the checkpoint that covers them."""
@@ -175,7 +240,8 @@ class Reporter:
         metrics["time/step_s"] = step_s
         metrics["time/examples_per_s"] = self._global_batch / max(step_s, 1e-9)
         metrics |= self._extra.get(entry.step, {})
-        return {"step": entry.step, "time_ms": int(time.time() * 1000), "metrics": metrics}
+        record: Record = {"step": entry.step, "time_ms": int(time.time() * 1000), "metrics": metrics}
+        return record | {"events": self._events[entry.step]} if entry.step in self._events else record
 
 
 def train(
@@ -190,29 +256,54 @@ def train(
     reporter: Reporter,
     evaluate: Callable[[int], Mapping[str, float]],
     save: Callable[[TrainState], None],
+    watch: Watch = unwatched,
+    recover: Recovery = lambda state: None,
 ) -> TrainState:
     """Trains from `state` to the calendar's last step.
 
-    `lr_at` takes the number of *applied* steps: a step skipped on fp16 overflow does not advance the schedule.
+    `lr_at` takes the number of *applied* steps: a step skipped on fp16 overflow does not advance the schedule. `watch`
+    looks at every step when it is over; `recover` decides where the loss scale is at its end.
 
     Raises:
         Interrupted: a stop was asked for; `save` was called with the state reached.
+        RunError: gradients overflow at the smallest loss scale, and `recover` gave up; `save` was called.
     """
     started = time.perf_counter()
     for batch, _ in batches:
-        lr = lr_at(state.applied)
-        result = engine.step(batch.inputs, batch.targets, lr=lr, seed=step_seed(seed, state.step, rank))
+        lr, own_seed = lr_at(state.applied), step_seed(seed, state.step, rank)
+        result = engine.step(batch.inputs, batch.targets, lr=lr, seed=own_seed)
         state = state.after(result, time.perf_counter() - started)
+        with reporter.paused():
+            seen = watch(_watched(batch, state, result, own_seed))
+            recovered = recover(state) if result.at_min_scale else state
+        state = recovered or state
         reporter.add(state, result, lr)
+        reporter.add_observation(state.step, seen)
         if calendar.evaluates(state.step):
             with reporter.paused():
                 reporter.add_metrics(state.step, evaluate(state.step))
-        if calendar.saves(state.step) or reporter.due(state.step):
+        if calendar.saves(state.step) or reporter.due(state.step) or not recovered:
             reporter.flush(state.step)
-        if calendar.saves(state.step) or reporter.stop:
+        if calendar.saves(state.step) or reporter.stop or not recovered:
             with reporter.paused():
                 save(state)
+        if not recovered:
+            raise RunError(_exhausted(state, result, seen))
         if reporter.stop and state.step < calendar.last_step:
             raise Interrupted
         started = time.perf_counter()
     return state
+
+
+def _watched(batch: Batch, state: TrainState, result: StepResult, seed: int) -> WatchedStep:
+    return WatchedStep(state.step, batch.inputs, batch.targets, seed, result.applied, result.loss_scale)
+
+
+def _exhausted(state: TrainState, result: StepResult, seen: Observation) -> str:
+    where = "; ".join(seen.events) or f"loss scale {result.loss_scale:g}"
+    tried = f" after {state.back_offs_in_row} returns to the last checkpoint" if state.back_offs_in_row else ""
+    return (
+        f"step {state.step}: gradients overflow at the smallest loss scale{tried} ({where}). The state is saved, and "
+        "the same command goes on with the next batch; try a lower optimizer.lr, optimizer.clip_norm, "
+        "precision.dtype: bf16, or precision.at_min_scale: hold or back_off"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from temper.config.schema import EvaluationConfig
 from temper.errors import JobError, Problem
+from temper.parallel.groups import Group
 from temper.plan.facts import DataFacts
 from temper.torchvision_import import declare_torchvision_operators
 
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
-def build_metrics(config: EvaluationConfig, facts: DataFacts, device: torch.device | str) -> MetricCollection:
+def build_metrics(
+    config: EvaluationConfig, facts: DataFacts, device: torch.device | str, group: Group | None = None
+) -> MetricCollection:
     """The job's metrics on `device`; `update` takes logits (examples, …, classes) or predictions, and targets.
 
-    `compute` is collective where torch.distributed is initialised, and then over all ranks; each must have been
-    updated, as torchmetrics cannot gather from a rank without examples. Counts and rankings are exact, sums of errors
-    are taken in fp64. Raises JobError where a metric needs classes and the data have none.
+    `compute` is collective over `group`, by default this process alone; each of its ranks must have been updated, as
+    torchmetrics cannot gather from a rank without examples. Counts and rankings are exact, sums of errors are taken in
+    fp64. Raises JobError where a metric needs classes and the data have none.
     """
     problems = [
         Problem(f"evaluation.metrics.{index}", name, "needs data with classes", f"use {' or '.join(_REGRESSION)}")
@@ -38,7 +41,12 @@ def build_metrics(config: EvaluationConfig, facts: DataFacts, device: torch.devi
     declare_torchvision_operators()
     from torchmetrics import MetricCollection
 
-    return MetricCollection({name: _build(name, facts.num_classes or 0) for name in config.metrics}).to(device)
+    metrics = {name: _build(name, facts.num_classes or 0) for name in config.metrics}
+    for transformer in metrics.values():
+        metric = transformer.wrapped_metric
+        metric.sync_on_compute = group is not None and group.size > 1
+        metric.process_group = group.process_group if group is not None else None
+    return MetricCollection(metrics).to(device)
 
 
 def _build(name: str, num_classes: int) -> Any:

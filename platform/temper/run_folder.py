@@ -21,6 +21,20 @@ PHASE_MANIFEST = "phase.json"  # of a phase; there only when the phase is comple
 
 
 @dataclass(frozen=True)
+class TraceSpec:
+    """What workers that verify are told: plans of one mesh, one a precision, and the folder for the trace of each."""
+
+    run_folder: Path
+    traces: tuple[tuple[Plan, Path], ...]
+    steps: int
+    import_folders: tuple[str, ...]
+
+    @property
+    def plan(self) -> Plan:
+        return self.traces[0][0]
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """All that a worker is told. `import_folders` are searched for `kind: python` targets."""
 

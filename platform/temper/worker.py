@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,22 @@ from temper import checkpoint
 from temper.data.batches import Batch, DataState, eval_batches, train_batches
 from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
-from temper.engine.deepspeed_engine import DeepSpeedEngine
+from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
 from temper.evaluation import evaluate
 from temper.files import write_json
 from temper.locks import awaited
-from temper.loop import Calendar, Record, Reporter, TrainState, train
+from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
 from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
-from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, WorkerSpec
+from temper.parallel.groups import MeshGroups, build_groups
+from temper.plan.build import Plan
+from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
+from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, WorkerSpec
 from temper.schedules import build_schedule
 from temper.targets import apply_target_folders
+from temper.verify import trace
 
 
 def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
@@ -56,6 +60,39 @@ def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
         raise
 
 
+def trace_work(spec: TraceSpec) -> None:
+    """Takes the first steps of each of the spec's plans and writes down what they did. Collective over all workers."""
+    rank = int(os.environ["RANK"])
+    _redirect_output(spec.run_folder / "logs" / f"verify-rank-{rank}.log")
+    apply_target_folders([Path(folder) for folder in spec.import_folders])
+    prepare(spec.plan.mesh.device)
+    with _process_group(spec.plan.mesh.device):
+        groups = build_groups(spec.plan.mesh.data, spec.plan.mesh.pipeline, spec.plan.mesh.tensor)
+        for plan, folder in spec.traces:
+            _trace(plan, folder, spec.steps, groups)
+
+
+def _trace(plan: Plan, folder: Path, steps: int, groups: MeshGroups) -> None:
+    job = plan.job
+    model = build_model(job.model, plan.data, job.seed)
+    config = plan.phases[0].deepspeed
+    engine = build_engine(model, build_loss(job.loss), job, plan.batch, plan.mesh, groups, config)
+    batches = train_batches(
+        job.data,
+        load_splits(job.data, Path(job.storage), plan.data)["train"],
+        plan.data,
+        seed=job.seed,
+        batch=plan.batch,
+        rank=groups.data.rank,
+        world_size=groups.data.size,
+        first_step=0,
+        last_step=steps,
+    )
+    factor = build_schedule(job.optimizer.schedule, plan.steps)
+    parts = ((batch.inputs, batch.targets) for batch, _ in batches)
+    trace(engine, model, parts, folder, lr_at=lambda applied: job.optimizer.lr * factor(applied), seed=job.seed)
+
+
 class _Worker:
     """The parts of one rank, built once."""
 
@@ -69,12 +106,13 @@ class _Worker:
         stage(f"building {job.model.kind}")
         self.loss: LossFunction = build_loss(job.loss)
         model = build_model(job.model, plan.data, job.seed)
-        self.engine = DeepSpeedEngine(model, self.loss, job, plan.batch, plan.mesh, spec.phase.deepspeed)
+        self.groups = build_groups(plan.mesh.data, plan.mesh.pipeline, plan.mesh.tensor)
+        self.engine = build_engine(model, self.loss, job, plan.batch, plan.mesh, self.groups, spec.phase.deepspeed)
 
     @cached_property
     def _metrics(self) -> Any:
         """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
-        return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device)
+        return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device, self.groups.data)
 
     def run(self, report: Callable[[list[Record]], None]) -> None:
         job, plan, phase = self.plan.job, self.plan, self.spec.phase
@@ -99,12 +137,24 @@ class _Worker:
             calendar=Calendar(phase.steps, job.budget.evaluate_every, job.budget.checkpoint_every),
             lr_at=lambda applied: job.optimizer.lr * factor(applied),
             seed=job.seed,
-            rank=self.rank,
+            rank=self.groups.data.rank,
             reporter=reporter,
             evaluate=self._evaluate,
             save=lambda reached: self._save(reached, reporter.take_segment()),
+            watch=self._watch(),
+            recover=build_recovery(job.precision.at_min_scale, self._go_back),
         )
         self._finish(state)
+
+    def _watch(self) -> Watch:
+        """Only fp16 has a loss scale to be looked at, and only a rank with the whole model can run it again."""
+        precision = self.plan.job.precision
+        if precision.dtype != "fp16":
+            return unwatched
+        if self.groups.replica.size > 1:
+            return watch_skips
+        ranks = self.groups.data.process_group
+        return TwinWatch(self.engine, self.loss, self.plan.batch.accumulation, ranks, precision.underflow_every)
 
     def _train_batches(self, first_step: int) -> Iterator[tuple[Batch, DataState]]:
         plan = self.plan
@@ -114,8 +164,8 @@ class _Worker:
             plan.data,
             seed=plan.job.seed,
             batch=plan.batch,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.groups.data.rank,
+            world_size=self.groups.data.size,
             first_step=first_step,
             last_step=self.spec.phase.steps,
         )
@@ -134,11 +184,11 @@ class _Worker:
             self.plan.job.data,
             self.splits[split],
             self.plan.data,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.groups.data.rank,
+            world_size=self.groups.data.size,
             batch=self.plan.job.evaluation.batch,
         )
-        return evaluate(self.engine.predict, batches, self.loss, self._metrics, self.engine.device)
+        return evaluate(self.engine.predict, batches, self.loss, self._metrics, self.engine.device, self.groups.data)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -173,8 +223,13 @@ class _Worker:
     def _load(self, folder: Path) -> tuple[TrainState, list[Record]]:
         reader = checkpoint.CheckpointReader(folder)
         self.engine.load(reader, EngineState(**reader.state["engine"]))
-        state = TrainState(reader.step, reader.state["applied"], reader.state["seconds"])
-        return state, reader.records()
+        known = {field.name: reader.state[field.name] for field in fields(TrainState) if field.name in reader.state}
+        return TrainState(**known), reader.records()
+
+    def _go_back(self) -> TrainState | None:
+        """Loads the newest sound checkpoint in the middle of the training; None where there is none."""
+        state, _ = self._restore()
+        return state if state.step else None
 
     def _finish(self, state: TrainState) -> None:
         """Declares the phase complete. Its metrics are those of the last record, which the last checkpoint holds."""

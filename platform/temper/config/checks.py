@@ -5,8 +5,10 @@ What needs the data or the machine as well is checked in plan/.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 from temper.config.schema import JobConfig, PrecisionConfig, ScheduleConfig
 from temper.errors import Problem
@@ -113,25 +115,34 @@ def _without_effect(schedule: ScheduleConfig) -> list[Problem]:
     ]
 
 
+_LOW_ONLY = ("master_weights", "fp32_accumulation")
+_DYNAMIC_ONLY = ("initial_scale", "scale_window", "hysteresis", "min_scale", "at_min_scale")
+_FP16_ONLY = ("loss_scale", *_DYNAMIC_ONLY, "underflow_every")
+
+
 def _check_precision(job: JobConfig) -> list[Problem]:
-    precision, default = job.precision, PrecisionConfig()
-    dynamic_keys = ("initial_scale", "scale_window", "hysteresis", "min_scale")
-    changed = [name for name in ("loss_scale", *dynamic_keys) if getattr(precision, name) != getattr(default, name)]
+    precision = job.precision
+    problems = []
+    if precision.dtype in ("fp32", "tf32"):
+        rule = f"acts on bf16 and fp16 only, and precision.dtype is {precision.dtype}"
+        problems += _unread(job, "precision", _LOW_ONLY, rule, "dtype: bf16")
     if precision.dtype != "fp16":
         rule = f"acts on fp16 only, and precision.dtype is {precision.dtype}"
-        return [
-            Problem(f"precision.{name}", getattr(precision, name), rule, "leave it out or use dtype: fp16")
-            for name in changed
-        ]
+        return problems + _unread(job, "precision", _FP16_ONLY, rule, "dtype: fp16")
+    problems += _check_underflow(job)
     if precision.loss_scale != "dynamic":
         rule = f"acts on a dynamic scale only, and precision.loss_scale is {precision.loss_scale:g}"
-        remedy = "leave it out or use loss_scale: dynamic"
-        return [
-            Problem(f"precision.{name}", getattr(precision, name), rule, remedy)
-            for name in changed
-            if name in dynamic_keys
-        ]
-    return _check_dynamic_scale(precision)
+        return problems + _unread(job, "precision", _DYNAMIC_ONLY, rule, "loss_scale: dynamic")
+    return problems + _check_dynamic_scale(precision)
+
+
+def _check_underflow(job: JobConfig) -> list[Problem]:
+    every, parallel = job.precision.underflow_every, job.parallel
+    parts = [name for name in ("pipeline", "tensor") if getattr(parallel, name) > 1]
+    if not every or not parts:
+        return []
+    rule = f"runs the whole model on every rank, and parallel.{parts[0]} is {getattr(parallel, parts[0])}"
+    return [Problem("precision.underflow_every", every, rule, f"leave it out or use {parts[0]}: 1")]
 
 
 def _check_dynamic_scale(precision: PrecisionConfig) -> list[Problem]:
@@ -150,19 +161,87 @@ def _check_dynamic_scale(precision: PrecisionConfig) -> list[Problem]:
     return problems
 
 
-def _check_parallel(job: JobConfig) -> list[Problem]:
+def _check_pipeline(job: JobConfig) -> list[Problem]:
     parallel = job.parallel
+    if parallel.pipeline == 1:
+        return _unread(job, "parallel", ("stages",), "acts with stages only; parallel.pipeline is 1", "pipeline: 2")
     problems = []
-    if parallel.pipeline > 1 and parallel.zero > 1:
+    if parallel.zero > 1:
         rule = f"shards more than the optimizer's state, which parallel.pipeline: {parallel.pipeline} cannot have"
         problems.append(Problem("parallel.zero", parallel.zero, rule, "use zero: 1"))
-    if parallel.pipeline > 1:
-        rule = f"is too many: no shipped engine cuts a model of kind {job.model.kind} into stages"
-        problems.append(Problem("parallel.pipeline", parallel.pipeline, rule, "use 1"))
+    if isinstance(parallel.stages, list):
+        problems += _check_stages(parallel.stages, parallel.pipeline)
+    return problems
+
+
+def _check_stages(stages: list[int], pipeline: int) -> list[Problem]:
+    if len(stages) != pipeline - 1:
+        rule = f"names {len(stages)} first layers, and all of {pipeline} stages but the first need one"
+        return [Problem("parallel.stages", stages, rule, f"name {pipeline - 1} or use pipeline: {len(stages) + 1}")]
+    if stages != sorted(set(stages)):
+        return [Problem("parallel.stages", stages, "must rise", f"use {sorted(set(stages))}")]
+    return []
+
+
+def _check_tensor(job: JobConfig) -> list[Problem]:
+    if job.parallel.tensor > 1:
+        return []
+    return _unread(job, "parallel", ("split",), "acts with tensor ranks only; parallel.tensor is 1", "tensor: 2")
+
+
+def _check_offload(job: JobConfig) -> list[Problem]:
+    parallel = job.parallel
     if parallel.offload != "none" and parallel.zero == 0:
         rule = "needs ZeRO, which owns the state that moves to the host; parallel.zero is 0"
-        problems.append(Problem("parallel.offload", parallel.offload, rule, "use zero: 1 or offload: none"))
+        return [Problem("parallel.offload", parallel.offload, rule, "use zero: 1 or offload: none")]
+    return []
+
+
+_SERVER_KEYS = ("shards", "n_fetch", "n_push", "max_staleness", "warm_start_steps")
+# What the parameter server does without: key, the value that means "without", why.
+_NOT_ON_A_SERVER: tuple[tuple[str, Any, str], ...] = (
+    ("parallel.zero", 0, "shards optimizer state over workers, and the server has it"),
+    ("parallel.offload", "none", "moves optimizer state to the host, and the server has it"),
+    ("parallel.pipeline", 1, "joins ranks in step, and workers of a parameter server run on their own"),
+    ("parallel.tensor", 1, "joins ranks in step, and workers of a parameter server run on their own"),
+    ("parallel.micro_batch", None, "cuts a step into parts, and a worker's mini-batch is one"),
+    ("precision.master_weights", True, "rounds the weights of a synchronous optimizer"),
+    ("precision.fp32_accumulation", True, "acts on synchronous training"),
+)
+
+
+def _check_parameter_server(job: JobConfig) -> list[Problem]:
+    if job.parallel.mode != "parameter_server":
+        return _unread(job, "parallel", _SERVER_KEYS, "acts on a parameter server only", "mode: parameter_server")
+    problems = []
+    for key, without, rule in _NOT_ON_A_SERVER:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(job, section), name)
+        if value != without:
+            remedy = f"use {name}: {_yaml(without)} or mode: synchronous"
+            problems.append(Problem(key, value, f"{rule} (parallel.mode: parameter_server)", remedy))
+    if job.precision.dtype == "fp16":
+        rule = "needs one loss scale, and workers of a parameter server run on their own"
+        problems.append(Problem("precision.dtype", "fp16", rule, "use bf16, fp32 or mode: synchronous"))
+    steps, warm = job.budget.steps, job.parallel.warm_start_steps
+    if steps is not None and warm >= steps:
+        rule = f"never ends: budget.steps is {steps}"
+        problems.append(Problem("parallel.warm_start_steps", warm, rule, f"use at most {steps - 1}"))
     return problems
+
+
+def _unread(job: JobConfig, section: str, names: tuple[str, ...], rule: str, instead: str) -> list[Problem]:
+    """Keys that were given and that nothing will read; a value there is a mistake that nobody would notice."""
+    given, default = getattr(job, section), type(getattr(job, section))()
+    return [
+        Problem(f"{section}.{name}", getattr(given, name), rule, f"leave it out or use {instead}")
+        for name in names
+        if getattr(given, name) != getattr(default, name)
+    ]
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_budget(job: JobConfig) -> list[Problem]:
@@ -183,6 +262,9 @@ _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_optimizer,
     _check_schedule,
     _check_precision,
-    _check_parallel,
+    _check_pipeline,
+    _check_tensor,
+    _check_offload,
+    _check_parameter_server,
     _check_budget,
 )

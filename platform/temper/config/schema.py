@@ -74,6 +74,20 @@ class CNNModel(Section):
     num_classes: Positive | None = Field(None, description="default: the data set's number of classes")
 
 
+class GPTModel(Section):
+    """Decoder-only transformer (Radford et al. 2019): pre-norm blocks, learnt positions, separate output layer.
+
+    Takes token ids `(examples, tokens)` and gives logits `(examples, tokens, vocabulary)`.
+    """
+
+    kind: Literal["gpt"]
+    layers: Annotated[int, Field(gt=0, le=1024)] = 4
+    heads: Annotated[int, Field(gt=0, le=1024)] = 4
+    width: Positive = 128
+    dropout: Fraction = 0.0
+    num_classes: Positive | None = Field(None, description="vocabulary; default: the data set's number of classes")
+
+
 class TransformersModel(Section):
     """Any `transformers` architecture from its configuration, with random weights (needs the extra `transformers`)."""
 
@@ -97,7 +111,7 @@ class PythonModel(Section):
 
 
 ModelConfig = Annotated[
-    TorchvisionModel | ResNetModel | MLPModel | CNNModel | TransformersModel | PythonModel,
+    TorchvisionModel | ResNetModel | MLPModel | CNNModel | GPTModel | TransformersModel | PythonModel,
     Field(discriminator="kind"),
 ]
 
@@ -373,26 +387,71 @@ OptimizerConfig = Annotated[
 
 
 class PrecisionConfig(Section):
-    """Arithmetic of forward and backward; the master weights and the optimizer are fp32 throughout."""
+    """Arithmetic of forward and backward, and the three parts of Micikevicius et al. (2018), each a switch of its own:
+    fp32 master weights (`master_weights`), loss scaling (`loss_scale`), fp32 accumulation (`fp32_accumulation`)."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="tf32: fp32 whose products are in TF32")
+    master_weights: bool = Field(
+        True, description="false: weights are rounded to dtype after every update (an ablation; saves no memory)"
+    )
+    fp32_accumulation: bool = Field(
+        True, description="false: products, sums, norms, softmax and losses accumulate in dtype (an ablation; slow)"
+    )
     loss_scale: Literal["dynamic"] | PositiveFloat = Field("dynamic", description="fp16 only")
     initial_scale: PositiveFloat = Field(65536.0, description="first dynamic scale, a power of two")
     scale_window: Positive = Field(1000, description="clean steps after which a dynamic scale is doubled")
     hysteresis: Positive = Field(2, description="overflows before a dynamic scale is halved")
     min_scale: PositiveFloat = Field(1.0, description="a dynamic scale never falls below it")
+    at_min_scale: Literal["stop", "hold", "back_off"] = Field(
+        "stop",
+        description="what an overflow at min_scale does: save and stop; skip the step and go on; or go back to the "
+        "weights of the last checkpoint and go on with the next batches",
+    )
+    underflow_every: NonNegative = Field(
+        0,
+        description="fp16 only: steps between samples of the gradients that are zero in fp16 and not in fp32; 0: none",
+    )
+
+
+SplitKind = Literal["output_activations", "input_activations", "heads", "output_maps", "input_maps", "image_blocks"]
 
 
 class ParallelConfig(Section):
-    """How the work is spread. `data-parallel size = workers`; the global batch is split evenly over it."""
+    """How the work is spread: `workers` replicas, each of `pipeline` stages, each on `tensor` ranks.
 
+    Ranks = workers × pipeline × tensor. The global batch is split evenly over the workers.
+    """
+
+    mode: Literal["synchronous", "parameter_server"] = Field(
+        "synchronous", description="parameter_server: asynchronous workers (Downpour SGD, Dean et al. 2012)"
+    )
     workers: Annotated[int, Field(gt=0, le=65536)] = 1
     zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="ZeRO stage")
     offload: Literal["none", "cpu"] = Field(
         "none", description="keep master weights and optimizer state in host memory"
     )
     pipeline: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="pipeline stages")
+    stages: Literal["derived", "measured"] | Annotated[list[Positive], Field(max_length=1024)] = Field(
+        "derived",
+        description="where the pipeline is cut: balanced by derived cost (FLOPs) or by measured time, or the index of "
+        "the first layer of the second and every later stage",
+    )
+    tensor: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="ranks that share the layers in `split`")
+    split: dict[Annotated[str, Field(min_length=1)], SplitKind] = Field(
+        default_factory=dict,
+        description="pattern of module names → how its work is split over the tensor ranks; the first match counts; "
+        "default: chosen by the kinds of the layers",
+    )
     micro_batch: Positive | None = Field(None, description="largest batch of one forward pass on one rank")
+    shards: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="parameter_server: shards of the parameters")
+    n_fetch: Positive = Field(1, description="parameter_server: mini-batches between a worker's fetches")
+    n_push: Positive = Field(1, description="parameter_server: mini-batches between a worker's pushes")
+    max_staleness: NonNegative | None = Field(
+        None, description="parameter_server: pushes that a worker may be ahead of the slowest one; default: any number"
+    )
+    warm_start_steps: NonNegative = Field(
+        0, description="parameter_server: steps that one worker takes alone before the others begin"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
     max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(

@@ -20,6 +20,7 @@ class StepResult:
 
     `loss` and `terms` are means over the rank's part of the batch; `grad_norm` is global, before clipping;
     `applied` is false where fp16 gradients overflowed and the step was skipped; `loss_scale` is None but in fp16.
+    `at_min_scale` is true where they overflowed and a dynamic loss scale cannot fall any further.
     """
 
     loss: Tensor
@@ -27,6 +28,7 @@ class StepResult:
     grad_norm: float | Tensor | None
     applied: bool
     loss_scale: float | None
+    at_min_scale: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Data-parallel training by DeepSpeed: ZeRO 0–3, CPU offload, fp32, bf16 and fp16, accumulation, clipping."""
+"""Training by DeepSpeed: ZeRO 0–3, CPU offload, split layers, fp32, bf16 and fp16, accumulation, clipping."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
@@ -19,18 +20,28 @@ from temper.engine.masters import (
     optimizer_step,
     set_optimizer_step,
 )
+from temper.engine.model_parallel_unit import ModelParallelUnit
 from temper.optim import build_optimizer
 from temper.parallel.batch_norm import apply_global_batch_norm
+from temper.parallel.cut import cut_of
+from temper.parallel.groups import MeshGroups
+from temper.parallel.split import apply_split
 from temper.plan.mesh import BatchPlan, MeshPlan
+from temper.precision.accumulation import arithmetic
+from temper.precision.device import apply_product_precision
+from temper.precision.masters import drop_master_weights
+from temper.precision.scaling import is_exhausted, mend_scaler
+from temper.precision.twin import build_twin, gathered_weights, skeleton_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class DeepSpeedEngine:
     """One rank of a ZeRO engine; see :class:`temper.engine.base.Engine`.
 
-    The process group must exist and :func:`temper.engine.deepspeed_setup.prepare` must have run.
+    The process group must exist and :func:`temper.engine.deepspeed_setup.prepare` must have run. Every rank is given
+    the same whole `model`; where the mesh has tensor ranks, its layers are split here.
     """
 
     def __init__(
@@ -40,20 +51,30 @@ class DeepSpeedEngine:
         job: JobConfig,
         batch: BatchPlan,
         mesh: MeshPlan,
+        groups: MeshGroups,
         deepspeed_config: Mapping[str, Any],
     ) -> None:
-        self._loss = loss
-        self._batch = batch
+        self._loss, self._batch, self.groups = loss, batch, groups
         self._dtype = DTYPES[job.precision.dtype]
         self._fp16 = job.precision.dtype == "fp16"
         self._zero = deepspeed_config["zero_optimization"]["stage"]
         self.device = device_of(mesh.device)
-        if mesh.data > 1 or self._dtype != torch.float32:
-            apply_global_batch_norm(model)
-        model = model.to(self.device)
+        apply_product_precision(job.precision.dtype, self.device)
+        self.arithmetic = arithmetic(self._dtype, self.device, job.precision.fp32_accumulation)
+        self._shapes = _shapes(model)
+        # Only where a rank has the whole model is there one to be looked at.
+        self._skeleton = skeleton_of(model) if self._fp16 and groups.replica.size == 1 else None
+        if mesh.world_size > 1 or self._dtype != torch.float32:
+            apply_global_batch_norm(model, groups.data)
+        if mesh.splits:
+            apply_split(model, mesh.splits, groups)
+        names = {param: name for name, param in model.named_parameters()}
+        model = self._local_part(model, mesh).to(self.device)
         optimizer = build_optimizer(job.optimizer, model.parameters())
         import deepspeed  # only now, after `prepare`
 
+        # DeepSpeed keeps the mesh of the engine that a process built before.
+        deepspeed.utils.groups.mpu = None
         # fp32 at stage 0 has no wrapper that keeps the norm from before clipping: `_clip_and_measure` does.
         own_clipping = {"gradient_clipping": 0.0} if self._zero == 0 else {}
         self._engine, *_ = deepspeed.initialize(
@@ -61,13 +82,27 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             config={**deepspeed_config, **own_clipping},
             dist_init_required=False,
+            mpu=self._model_parallel_unit(mesh),
         )
-        self._names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        self._all_names = {param: names[param] for param in model.parameters()}
+        self._names = {param: name for param, name in self._all_names.items() if param.requires_grad}
         self._grad_norm: Tensor | None = None
         self._inner = inner_optimizer(self._engine.optimizer)
         if self._inner is self._engine.optimizer:
             self._clip_norm = job.optimizer.clip_norm
             self._inner.register_step_pre_hook(self._clip_and_measure)
+        if not job.precision.master_weights:
+            drop_master_weights(self._inner, self._dtype)
+        if self._fp16:
+            mend_scaler(self._engine.optimizer)
+
+    def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
+        """What of the model this rank computes."""
+        return model
+
+    def _model_parallel_unit(self, mesh: MeshPlan) -> Any:
+        """Tells DeepSpeed which ranks average gradients, where these are not all."""
+        return ModelParallelUnit(self.groups) if mesh.tensor > 1 else None
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -75,39 +110,68 @@ class DeepSpeedEngine:
     def module(self) -> nn.Module:
         return self._engine.module
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that steps the masters."""
+        return self._inner
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by their names in the whole model."""
+        return ((name, param) for param, name in self._all_names.items())
+
     def step(self, inputs: Tensor, targets: Tensor, *, lr: float, seed: int) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._seed(seed)
-        scale = self._loss_scale()
+        self.seed(seed)
+        scale, exhausted = self._loss_scale(), self._fp16 and is_exhausted(self._loss_scaler())
         # Of the module: DeepSpeed's engine hands `train` and `eval` on and keeps no mode of its own.
         if not self.module.training:
             self._engine.train()
-        sums: dict[str, Tensor] = {}
-        for micro_inputs, micro_targets in self._micro_batches(inputs, targets):
-            terms = self._loss(self._engine(micro_inputs), micro_targets)
-            self._engine.backward(_total(terms))
-            self._engine.step()
-            for name, value in terms.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        means = {name: value / self._batch.accumulation for name, value in sums.items()}
+        means = self._compute(self.micro_batches(inputs, targets))
+        applied = self._engine.was_step_applied()
         return StepResult(
-            loss=_total(means),
+            loss=total(means),
             terms=means,
             grad_norm=self._last_grad_norm(),
-            applied=self._engine.was_step_applied(),
+            applied=applied,
             loss_scale=scale,
+            at_min_scale=exhausted and not applied,
         )
 
-    def _seed(self, seed: int) -> None:
+    def _compute(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Forward, backward and the optimizer's step; the loss's terms, each a mean over the rank's part."""
+        sums: dict[str, Tensor] = {}
+        for inputs, targets in micro_batches:
+            with self.arithmetic():
+                terms = self._loss(self._engine(inputs), targets)
+                self._engine.backward(total(terms))
+            self._engine.step()
+            add_terms(sums, terms)
+        return {name: value / self._batch.accumulation for name, value in sums.items()}
+
+    def seed(self, seed: int) -> None:
         """As `torch.manual_seed`, which takes 130 µs where there is no CUDA: it notes a traceback for each call."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self._prepared(inputs), targets.to(self.device, non_blocking=True)
         return zip(inputs.split(self._batch.micro_batch), targets.split(self._batch.micro_batch), strict=True)
+
+    def twin(self, dtype: torch.dtype) -> nn.Module:
+        """The model, plain and whole on this rank, with the weights that forward uses in `dtype`. Collective."""
+        assert self._skeleton is not None, "an fp16 engine without stages and split layers has one"
+        shapes = {name: self._shapes[name] for name in self._names.values()}
+        gathered = gathered_weights(self.fragments(), shapes, self._dtype, self.device, self.groups.data.process_group)
+        weights = {**gathered, **{name: param for name, param in self.named_parameters() if name not in gathered}}
+        # Running statistics are in fp32 already.
+        buffers = {
+            name: value.to(dtype) if value.dtype == self._dtype else value
+            for name, value in self.module.named_buffers()
+        }
+        twin = build_twin(self._skeleton, {name: value.to(dtype) for name, value in weights.items()}, buffers)
+        return apply_global_batch_norm(twin, self.groups.data)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.device, non_blocking=True)
@@ -119,7 +183,7 @@ class DeepSpeedEngine:
     def _clip_and_measure(self, optimizer: torch.optim.Optimizer, *_unused: Any) -> None:
         """Runs just before the optimizer's step, when the gradients are reduced."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm([param.grad for param in params])
+        self._grad_norm = _global_norm(params, self.groups)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, self._grad_norm)
 
@@ -139,34 +203,33 @@ class DeepSpeedEngine:
         return master_fragments(self._engine.optimizer, self._names)
 
     def shards(self) -> list[Shard]:
-        rank, size = self._engine.global_rank, self._engine.world_size
+        data, tensor = self.groups.data, self.groups.tensor
         fragments = self.fragments()
         if self._zero == 0:
-            # Every rank holds everything; each writes every size-th parameter.
-            fragments = fragments[rank::size]
-        shards = [
-            Shard(item.name, item.shape, item.start, {MASTER: item.master, **item.moments()}) for item in fragments
-        ]
-        if rank == 0:
+            # Every replica holds everything; each writes every size-th parameter.
+            fragments = fragments[data.rank :: data.size]
+        shards = [Shard(item.name, item.start, {MASTER: item.master, **item.moments()}, item.cut) for item in fragments]
+        if data.rank == 0:
             shards += [
-                Shard(name, tuple(value.shape), 0, {BUFFER: value.detach().reshape(-1)})
+                Shard(name, 0, {BUFFER: value.detach().reshape(-1)}, cut_of(value))
                 for name, value in self._static_tensors().items()
             ]
-        return shards
+        # What tensor ranks do not share out, each of them holds, and the first one writes.
+        return [shard for shard in shards if tensor.rank == 0 or shard.cut is not None]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters and buffers, in the model's order."""
-        shapes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in _named(self.module)}
-        return {**shapes, **{name: tuple(value.shape) for name, value in self._static_tensors().items()}}
+        """Shapes of all parameters and buffers of the whole model, in its order."""
+        return self._shapes
 
     def _static_tensors(self) -> dict[str, Tensor]:
         """What is saved but not optimized: persistent buffers and frozen parameters."""
-        persistent = self.module.state_dict(keep_vars=True)
-        trainable = set(self._names.values())
-        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        buffers = {name: value for name, value in persistent.items() if name not in parameters}
-        frozen = {name: param for name, param in self.module.named_parameters() if name not in trainable}
-        return {**buffers, **{name: param.detach() for name, param in frozen.items()}}
+        parameters = set(self._all_names.values())
+        buffers = {name: value for name, value in self._named_state().items() if name not in parameters}
+        return {**buffers, **{name: param for param, name in self._all_names.items() if not param.requires_grad}}
+
+    def _named_state(self) -> dict[str, Tensor]:
+        """This rank's parameters and persistent buffers by their names in the whole model."""
+        return self.module.state_dict(keep_vars=True)
 
     def state(self) -> EngineState:
         scaler = self._loss_scaler()
@@ -177,14 +240,16 @@ class DeepSpeedEngine:
     def load(self, reader: CheckpointReader, state: EngineState) -> None:
         fragments = self.fragments()
         moments = reader.moments()
-        for fragment in fragments:
-            fragment.master.copy_(reader.read(MASTER, fragment.name, fragment.start, fragment.numel))
+        for item in fragments:
+            if not moments:  # a checkpoint from before the first applied step, loaded after it
+                item.optimizer_state.pop(item.owner, None)
+            item.master.copy_(reader.read(MASTER, item.name, item.start, item.numel, item.cut))
             for key in moments:
-                fragment.moment(key).copy_(reader.read(key, fragment.name, fragment.start, fragment.numel))
+                item.moment(key).copy_(reader.read(key, item.name, item.start, item.numel, item.cut))
         if state.optimizer_step > 0:
             set_optimizer_step(fragments, state.optimizer_step)
         for name, value in self._static_tensors().items():
-            value.copy_(reader.full(BUFFER, name))
+            value.copy_(reader.read(BUFFER, name, cut=cut_of(value)).view_as(value))
         self._refresh_model(reader)
         scaler = self._loss_scaler()
         for key, number in state.loss_scaler.items():
@@ -200,7 +265,7 @@ class DeepSpeedEngine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
             return
         for param, name in self._names.items():
-            param.data.copy_(reader.full(MASTER, name))
+            param.data.copy_(reader.read(MASTER, name, cut=cut_of(param)).view_as(param))
 
     def _loss_scaler(self) -> Any:
         return self._engine.optimizer.loss_scaler if self._fp16 else None
@@ -210,10 +275,34 @@ class DeepSpeedEngine:
         return None if scaler is None else float(scaler.cur_scale)
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, param) for name, param in module.named_parameters() if param.requires_grad)
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters first, as the model has them; a tensor that has several names counts under the first."""
+    names = [name for name, _ in model.named_parameters()]
+    state = model.state_dict(keep_vars=True)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names += [name for name in state if name not in parameters]
+    return {name: tuple(state[name].shape) for name in names}
 
 
-def _total(terms: Mapping[str, Tensor]) -> Tensor:
+def _global_norm(params: list[nn.Parameter], groups: MeshGroups) -> Tensor:
+    """The norm of the whole model's gradient from each rank's part of it, after the average over the data group."""
+    if groups.replica.size == 1:
+        return torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+    # A parameter that tensor ranks do not share out counts once, on the first of them.
+    counted = [param.grad for param in params if groups.tensor.rank == 0 or cut_of(param) is not None]
+    norm = torch.nn.utils.get_total_norm([grad for grad in counted if grad is not None]) if counted else None
+    square = params[0].new_zeros(()) if norm is None else norm.square()
+    dist.all_reduce(square, group=groups.replica.process_group)
+    return square.sqrt()
+
+
+def add_terms(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    """Adds one micro-batch's terms to the sums of the step."""
+    for name, value in terms.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss: the sum of its terms."""
     values = list(terms.values())
     return values[0] if len(values) == 1 else torch.stack(values).sum()

@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from temper.parallel.cut import Cut, cut_of
+
 STEP = "step"
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The range `[start, start + numel)` of the flattened parameter `name` that this rank's optimizer updates.
+    """The range `[start, start + numel)` of the flattened parameter `name` that this rank's optimizer updates; of the
+    flattened part that the rank holds, where tensor ranks share the parameter by a `cut`.
 
     `owner` is the tensor that the inner optimizer steps; the fragment lies in it at `offset`. The optimizer's moments
     for it are tensors of the owner's shape in `optimizer_state`.
     """
 
     name: str
-    shape: tuple[int, ...]
+    cut: Cut | None
     start: int
     numel: int
     owner: Tensor
@@ -36,6 +39,12 @@ class Fragment:
     @property
     def master(self) -> Tensor:
         return self._view(self.owner)
+
+    @property
+    def gradient(self) -> Tensor:
+        """What the inner optimizer is about to step with: reduced, unscaled, clipped. There only while it steps."""
+        assert self.owner.grad is not None, "read in a hook of the optimizer's step"
+        return self._view(self.owner.grad)
 
     def moments(self) -> dict[str, Tensor]:
         """Flat views of the moments; empty before the first step."""
@@ -66,7 +75,7 @@ def _plain(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]
     """fp32 at stage 0: the parameters are their own masters."""
     for group in optimizer.param_groups:
         for param in group["params"]:
-            yield Fragment(names[param], tuple(param.shape), 0, param.numel(), param, 0, optimizer.state)
+            yield Fragment(names[param], cut_of(param), 0, param.numel(), param, 0, optimizer.state)
 
 
 def _stage_1_and_2(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
@@ -78,7 +87,7 @@ def _stage_1_and_2(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[F
                 continue
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             state = optimizer.optimizer.state
-            yield Fragment(names[param], tuple(param.shape), here.start, here.numel, partition, there.start, state)
+            yield Fragment(names[param], cut_of(param), here.start, here.numel, partition, there.start, state)
 
 
 def _stage_3(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
@@ -91,7 +100,7 @@ def _stage_3(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragmen
         if numel > 0:
             owner = optimizer.fp32_partitioned_groups_flat[index]
             state = optimizer.optimizer.state
-            yield Fragment(names[param], tuple(param.ds_shape), start, numel, owner, offset, state)
+            yield Fragment(names[param], cut_of(param), start, numel, owner, offset, state)
 
 
 MASTERS: dict[str, Callable[[Any, dict[nn.Parameter, str]], Iterator[Fragment]]] = {

@@ -158,7 +158,7 @@ def _result(plan: Plan, reused: bool, seconds: float) -> TrainResult:
 
 def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
     """Everything between the plan and the phase's manifest."""
-    spec = WorkerSpec(plan, phase, _import_folders(job_folder))
+    spec = WorkerSpec(plan, phase, import_folders(job_folder))
     _prepare_folder(plan, spec.import_folders)
     display = stack.enter_context(_display(options.display, plan))
     for note in plan.notes:
@@ -255,7 +255,8 @@ def _open_run(plan: Plan, command: str) -> TrackedRun:
     return run
 
 
-def _import_folders(job_folder: Path) -> tuple[str, ...]:
+def import_folders(job_folder: Path) -> tuple[str, ...]:
+    """Where workers look for `kind: python` targets."""
     return (os.getcwd(), str(job_folder.absolute()))
 
 
@@ -287,10 +288,8 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
     outcome: list[BaseException] = []
 
     def fit() -> None:
-        from temper.launch.trainer import build_trainer
-
         try:
-            build_trainer(spec, embedded=embedded).fit()
+            _build_trainer(spec, embedded).fit()
         except BaseException as error:
             outcome.append(error)
 
@@ -312,6 +311,17 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
         time.sleep(POLL_S)
     if outcome:
         raise RunError(_failure_text(spec.run_folder, outcome[0])) from outcome[0]
+
+
+def _build_trainer(spec: WorkerSpec, embedded: bool) -> Any:
+    """What has a `fit()` that runs the phase; imported only now, and in its own thread, because that takes seconds."""
+    if spec.plan.job.parallel.mode == "parameter_server":
+        from temper.launch import parameter_server
+
+        return parameter_server.build_trainer(spec)
+    from temper.launch import trainer
+
+    return trainer.build_trainer(spec, embedded=embedded)
 
 
 def _failure_text(run_folder: Path, error: BaseException) -> str:
@@ -336,5 +346,5 @@ def _deliver_late(plan: Plan, phase: PhasePlan, job_folder: Path, command: str) 
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(plan.run_folder / RUN) or {}
     if not known.get("delivered"):
-        _prepare_folder(plan, _import_folders(job_folder))
+        _prepare_folder(plan, import_folders(job_folder))
         _deliver(_open_run(plan, command), plan, phase, "FINISHED")

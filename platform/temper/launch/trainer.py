@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,8 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from temper.run_folder import FAILURES, HISTORY, RUN, WorkerSpec
-from temper.tracking.callback import TrackingTarget, build_callbacks
+from temper.run_folder import FAILURES, HISTORY, RUN, TraceSpec, WorkerSpec
+from temper.tracking.callback import TrackingCallback, TrackingTarget, build_callbacks
 
 
 class ProcessGroupBackend(Backend):
@@ -97,28 +98,44 @@ class UnscaledPolicy(FixedScalingPolicy):
 
 def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
     """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
-    parallel, on_gpu = spec.plan.job.parallel, spec.plan.mesh.device == "cuda"
-    resources = {"CPU": parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
     target = TrackingTarget(
         run_record=str(spec.run_folder / RUN),
         history_path=str(spec.phase_folder / HISTORY),
         failures_path=str(spec.run_folder / FAILURES),
         system_metrics=spec.plan.job.tracking.system_metrics,
     )
+    restarts = spec.plan.job.parallel.max_restarts
+    return _trainer(_train_loop, spec, build_callbacks(target), restarts=restarts, embedded=embedded)
+
+
+def build_tracer(spec: TraceSpec, *, embedded: bool) -> DataParallelTrainer:
+    """The trainer that takes a few steps of plans of one mesh and writes down what they did."""
+    target = TrackingTarget("", "", failures_path=str(spec.run_folder / FAILURES), system_metrics=False)
+    return _trainer(_trace_loop, spec, [TrackingCallback(target)], restarts=0, embedded=embedded)
+
+
+def _trainer(
+    loop: Callable[[dict[str, Any]], None],
+    spec: WorkerSpec | TraceSpec,
+    callbacks: list[Any],
+    *,
+    restarts: int,
+    embedded: bool,
+) -> DataParallelTrainer:
+    mesh, on_gpu = spec.plan.mesh, spec.plan.mesh.device == "cuda"
+    resources = {"CPU": spec.plan.job.parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
     return (EmbeddedTrainer if embedded else LeanTrainer)(
-        _train_loop,
+        loop,
         train_loop_config={"spec": spec},
         backend_config=ProcessGroupConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=spec.plan.mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(num_workers=mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             # Ray's own record of an attempt; checkpoints are temper's, so that none is ever read from here.
             name=f"attempt-{time.time_ns()}",
             storage_path=str(spec.run_folder / "ray"),
-            failure_config=FailureConfig(max_failures=parallel.max_restarts),
+            failure_config=FailureConfig(max_failures=restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=build_callbacks(target),
+            callbacks=callbacks,
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -134,3 +151,9 @@ def _train_loop(config: dict[str, Any]) -> None:
     except Interrupted:
         # The state is saved. To raise would make Ray start the workers again.
         return
+
+
+def _trace_loop(config: dict[str, Any]) -> None:
+    from temper.worker import trace_work
+
+    trace_work(config["spec"])

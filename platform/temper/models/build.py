@@ -13,6 +13,7 @@ from torch import nn
 
 from temper.config.schema import (
     CNNModel,
+    GPTModel,
     MLPModel,
     ModelConfig,
     PythonModel,
@@ -21,11 +22,13 @@ from temper.config.schema import (
     TransformersModel,
 )
 from temper.errors import JobError, Problem
+from temper.models.gpt import build_gpt
 from temper.models.plain import build_cnn, build_mlp
 from temper.models.resnet import build_resnet
 from temper.models.torchvision import build_torchvision
 from temper.models.transformers import build_transformers
 from temper.plan.facts import DataFacts
+from temper.plan.mesh import divisors
 from temper.targets import load_target
 
 
@@ -62,6 +65,20 @@ def _build_cnn(config: CNNModel, facts: DataFacts) -> nn.Module:
 def _build_resnet(config: ResNetModel, facts: DataFacts) -> nn.Module:
     _require_images("resnet", facts, smallest=1)
     return build_resnet(facts.shape[0], num_outputs(config, facts), config.depth, config.width)
+
+
+def _build_gpt(config: GPTModel, facts: DataFacts) -> nn.Module:
+    if len(facts.shape) != 1:
+        rule = f"needs token ids (tokens,), the data have the shape {list(facts.shape)}"
+        raise JobError([Problem("model.kind", "gpt", rule, "use data of token ids or another model")])
+    if config.width % config.heads:
+        fitting = divisors(config.width)
+        below = [heads for heads in fitting if heads < config.heads][-1:]
+        above = [heads for heads in fitting if heads > config.heads][:1]
+        rule = f"does not divide model.width: {config.width}"
+        raise JobError([Problem("model.heads", config.heads, rule, f"use {' or '.join(map(str, below + above))}")])
+    classes = num_outputs(config, facts)
+    return build_gpt(facts.shape[0], classes, config.layers, config.heads, config.width, config.dropout)
 
 
 def _build_torchvision(config: TorchvisionModel, facts: DataFacts) -> nn.Module:
@@ -101,6 +118,7 @@ KINDS: dict[str, Callable[[Any, DataFacts], nn.Module]] = {
     "resnet": _build_resnet,
     "mlp": _build_mlp,
     "cnn": _build_cnn,
+    "gpt": _build_gpt,
     "transformers": _build_transformers,
     "python": _build_python,
 }

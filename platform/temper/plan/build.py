@@ -6,7 +6,7 @@ Every problem that can be known here is collected and raised together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,24 +16,32 @@ from temper.errors import JobError, Problem
 from temper.plan.checks import check_data, check_model, check_storage, check_tracking
 from temper.plan.deepspeed_config import deepspeed_config, zero_stage
 from temper.plan.facts import DataFacts, data_facts
-from temper.plan.memory import MemoryPlan, plan_memory
+from temper.plan.memory import MemoryPlan, plan_memory, stage_weights
 from temper.plan.mesh import BatchPlan, ClusterShape, MeshPlan, check_mesh, plan_batch, plan_mesh
 from temper.plan.phases import PhasePlan, fingerprint, ingredients, plan_steps
-from temper.plan.probe import ModelFacts, model_facts
+from temper.plan.probe import ModelFacts, Timing, model_facts
+from temper.plan.stages import LEAST_MICRO_BATCHES, StagePlan, bubble, plan_stages
 from temper.plan.targets import check_targets, hash_targets
 
 Found = TypeVar("Found")
 
+# Layers are timed on no more examples than this: enough to keep the processor busy, and few for its memory.
+_MOST_TIMED_EXAMPLES = 16
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen, and what it costs. `steps` are optimizer steps; `memory` is bytes on one rank."""
+    """What will happen, and what it costs. `steps` are optimizer steps; `memory` is bytes on one rank.
+
+    `stages` are those of the pipeline, empty without one.
+    """
 
     job: JobConfig
     data: DataFacts
     model: ModelFacts
     cluster: ClusterShape
     mesh: MeshPlan
+    stages: tuple[StagePlan, ...]
     batch: BatchPlan
     steps: int
     phases: tuple[PhasePlan, ...]
@@ -64,6 +72,7 @@ class Plan:
             "model": asdict(self.model),
             "cluster": asdict(self.cluster),
             "mesh": {**asdict(self.mesh), "world_size": self.mesh.world_size},
+            "stages": [asdict(stage) for stage in self.stages],
             "batch": asdict(self.batch),
             "steps": self.steps,
             "phases": [asdict(phase) for phase in self.phases],
@@ -93,27 +102,53 @@ def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
         problems += check_data(job, data)
     if problems or data is None:
         raise JobError(problems)
+    batch = _batch(job)
     # Building the model takes seconds, so it is tried only for a job that is right as far as can be seen without it.
-    model = model_facts(job, data, job_folder)
+    model = model_facts(job, data, job_folder, _timing(job, cluster, batch))
     problems += check_model(job, data, model)
     if problems:
         raise JobError(problems)
-    return _decide(job, data, model, cluster, job_folder)
+    return _decide(job, data, model, cluster, batch, job_folder)
 
 
-def _decide(job: JobConfig, data: DataFacts, model: ModelFacts, cluster: ClusterShape, job_folder: Path) -> Plan:
-    mesh = plan_mesh(job.parallel, cluster)
-    batch = plan_batch(job.data.global_batch, mesh.data, job.parallel.micro_batch)
+def _batch(job: JobConfig) -> BatchPlan:
+    parallel = job.parallel
+    chosen = parallel.pipeline > 1 and parallel.micro_batch is None
+    least = LEAST_MICRO_BATCHES * parallel.pipeline if chosen else 1
+    return plan_batch(job.data.global_batch, parallel.workers, parallel.micro_batch, least)
+
+
+def _timing(job: JobConfig, cluster: ClusterShape, batch: BatchPlan) -> Timing | None:
+    if job.parallel.pipeline == 1 or job.parallel.stages != "measured":
+        return None
+    return Timing(
+        device=plan_mesh(job.parallel, cluster).device,
+        threads=max(1, int(job.parallel.cpus_per_worker)),
+        dtype=job.precision.dtype,
+        examples=min(batch.micro_batch, _MOST_TIMED_EXAMPLES),
+    )
+
+
+def _decide(
+    job: JobConfig, data: DataFacts, model: ModelFacts, cluster: ClusterShape, batch: BatchPlan, job_folder: Path
+) -> Plan:
+    stages = plan_stages(job, model.layers, batch)
+    mesh = replace(
+        plan_mesh(job.parallel, cluster),
+        tensor=job.parallel.tensor,
+        cut=tuple(stage.first_layer for stage in stages),
+        splits=model.splits,
+    )
     steps = plan_steps(job, data)
     recipe = ingredients(job, data, mesh, batch, steps, hash_targets(job, job_folder))
-    engine = deepspeed_config(job, batch, mesh, model.num_trainable)
-    dense = PhasePlan("dense", 0, steps, fingerprint(recipe), engine)
+    dense = PhasePlan("dense", 0, steps, fingerprint(recipe), _deepspeed(job, model, mesh, batch))
     return Plan(
         job=job,
         data=data,
         model=model,
         cluster=cluster,
         mesh=mesh,
+        stages=stages,
         batch=batch,
         steps=steps,
         phases=(dense,),
@@ -121,6 +156,13 @@ def _decide(job: JobConfig, data: DataFacts, model: ModelFacts, cluster: Cluster
         fingerprint=dense.fingerprint,
         notes=tuple(_notes(job, data, mesh, batch, steps)),
     )
+
+
+def _deepspeed(job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> dict[str, Any]:
+    """Alike on all ranks: its buffers are made for the rank with the most parameters."""
+    if job.parallel.mode == "parameter_server":
+        return {}
+    return deepspeed_config(job, batch, mesh, max(sum(weights.sizes) for weights in stage_weights(model, mesh)))
 
 
 def _collect(problems: list[Problem], find: Callable[[], Found]) -> Found | None:
@@ -134,27 +176,81 @@ def _collect(problems: list[Problem], find: Callable[[], Found]) -> Found | None
 
 def _notes(job: JobConfig, data: DataFacts, mesh: MeshPlan, batch: BatchPlan, steps: int) -> list[str]:
     """What a user may not expect, in full sentences."""
+    return [
+        *_precision_notes(job, mesh),
+        *_budget_notes(batch, data, steps),
+        *_micro_batch_notes(job, batch),
+        *_pipeline_notes(job, batch),
+        *_server_notes(job),
+        *_sharding_notes(job, mesh),
+        *_evaluation_notes(data),
+    ]
+
+
+def _precision_notes(job: JobConfig, mesh: MeshPlan) -> list[str]:
     notes = []
     if job.precision.dtype == "fp16" and mesh.device == "cpu":
         notes.append(
             "fp16 on CPU runs through DeepSpeed's capability override: real fp16 arithmetic and loss scaling, but slow"
         )
-    if zero_stage(job) != job.parallel.zero:
+    if zero_stage(job) != job.parallel.zero and job.parallel.mode == "synchronous":
         dtype = job.precision.dtype
         notes.append(f"zero: 0 in {dtype} runs as stage 1, which computes the same: DeepSpeed's stage 0 is wrong there")
-    epochs = steps * batch.global_batch / data.train_examples
-    notes.append(
-        f"{steps} steps of {batch.global_batch} examples are {epochs:.3g} epochs of {data.train_examples} examples"
-    )
-    if job.parallel.micro_batch is not None and 2 * batch.micro_batch <= min(
-        job.parallel.micro_batch, batch.rank_batch
-    ):
-        notes.append(
-            f"micro-batches are of {batch.micro_batch}, because no number up to parallel.micro_batch: "
-            f"{job.parallel.micro_batch} and nearer to it divides a rank's {batch.rank_batch} examples"
-        )
-    if job.parallel.zero and mesh.data == 1:
-        notes.append(f"zero: {job.parallel.zero} saves nothing on one worker: there is no other rank to share with")
-    if data.validation_examples == 0:
-        notes.append("no examples are held out (data.holdout: 0): evaluations during training use the test split")
     return notes
+
+
+def _budget_notes(batch: BatchPlan, data: DataFacts, steps: int) -> list[str]:
+    epochs = steps * batch.global_batch / data.train_examples
+    return [f"{steps} steps of {batch.global_batch} examples are {epochs:.3g} epochs of {data.train_examples} examples"]
+
+
+def _micro_batch_notes(job: JobConfig, batch: BatchPlan) -> list[str]:
+    asked = job.parallel.micro_batch
+    if asked is None or 2 * batch.micro_batch > min(asked, batch.rank_batch):
+        return []
+    return [
+        f"micro-batches are of {batch.micro_batch}, because no number up to parallel.micro_batch: {asked} and nearer "
+        f"to it divides a rank's {batch.rank_batch} examples"
+    ]
+
+
+def _pipeline_notes(job: JobConfig, batch: BatchPlan) -> list[str]:
+    parallel = job.parallel
+    if parallel.pipeline == 1:
+        return []
+    notes = []
+    if parallel.micro_batch is None:
+        idle = bubble(parallel.pipeline, batch.accumulation)
+        few = batch.accumulation < LEAST_MICRO_BATCHES * parallel.pipeline
+        reason = "a rank has no more examples" if few else f"at least {LEAST_MICRO_BATCHES} for each stage"
+        notes.append(
+            f"a rank's batch is cut into {batch.accumulation} micro-batches of {batch.micro_batch} ({reason}), which "
+            f"leaves a bubble of {idle:.0%}; parallel.micro_batch sets another size"
+        )
+    if parallel.stages == "measured":
+        notes.append(
+            f"the cut follows times that were measured on this machine and are kept in {job.storage}/cache/models; "
+            "measured anew it may come out differently, and the phases are then other ones"
+        )
+    return notes
+
+
+def _server_notes(job: JobConfig) -> list[str]:
+    if job.parallel.mode != "parameter_server":
+        return []
+    return [
+        "workers of a parameter server do not wait for each other: the result depends on their timing and is not "
+        "repeated bit for bit"
+    ]
+
+
+def _sharding_notes(job: JobConfig, mesh: MeshPlan) -> list[str]:
+    if not job.parallel.zero or mesh.data > 1:
+        return []
+    return [f"zero: {job.parallel.zero} saves nothing on one worker: there is no other rank to share with"]
+
+
+def _evaluation_notes(data: DataFacts) -> list[str]:
+    if data.validation_examples:
+        return []
+    return ["no examples are held out (data.holdout: 0): evaluations during training use the test split"]

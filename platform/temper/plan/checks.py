@@ -12,6 +12,7 @@ from temper.errors import Problem
 from temper.plan.facts import DataFacts
 from temper.plan.phases import plan_steps
 from temper.plan.probe import ModelFacts
+from temper.plan.stages import check_stages
 
 _MAX_STEPS = 2**40
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -30,6 +31,8 @@ def check_data(job: JobConfig, data: DataFacts) -> list[Problem]:
     problems += _check_epochs(job, data)
     problems += _check_classes(job, data)
     problems += _check_metrics(job, data)
+    problems += _check_tokens(job)
+    problems += _check_image_blocks(job, data)
     return problems
 
 
@@ -70,15 +73,54 @@ def _check_metrics(job: JobConfig, data: DataFacts) -> list[Problem]:
     return [Problem(f"evaluation.metrics.{index}", "top5_accuracy", rule, "leave it out")]
 
 
+def _check_tokens(job: JobConfig) -> list[Problem]:
+    if job.model.kind != "gpt" or job.data.kind == "python":
+        return []
+    rule = f"takes token ids, and data of kind {job.data.kind} are images or other floats"
+    return [Problem("model.kind", "gpt", rule, "use data of kind python that give int64 ids, or another model")]
+
+
+def _check_image_blocks(job: JobConfig, data: DataFacts) -> list[Problem]:
+    if len(data.shape) == 3:
+        return []
+    rule = f"needs images (channels, height, width), and an example has the shape {list(data.shape)}"
+    return [
+        Problem(f"parallel.split.{pattern}", kind, rule, "split by output_activations or input_activations")
+        for pattern, kind in job.parallel.split.items()
+        if kind == "image_blocks"
+    ]
+
+
 def check_model(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:
-    """What the built model shows: nothing to train, or too few outputs for the classes."""
+    """What the built model shows: nothing to train, too few outputs for the classes, no stages to cut it into."""
     if model.num_trainable == 0:
         return [Problem("model", job.model.kind, "has no trainable parameter", "use a model with weights")]
+    return [*_check_outputs(job, data, model), *_check_pipeline(job, model)]
+
+
+def _check_outputs(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:
     shape = model.output_shape
-    if job.loss.kind != "cross_entropy" or data.num_classes is None or not shape or shape[0] >= data.num_classes:
+    if job.loss.kind != "cross_entropy" or data.num_classes is None or not shape or shape[-1] >= data.num_classes:
         return []
-    rule = f"gives {shape[0]} outputs per example, and the data has {data.num_classes} classes"
+    rule = f"gives {shape[-1]} outputs per example, and the data has {data.num_classes} classes"
     return [Problem("model", job.model.kind, rule, f"give it {data.num_classes} outputs")]
+
+
+def _check_pipeline(job: JobConfig, model: ModelFacts) -> list[Problem]:
+    if job.parallel.pipeline == 1 or model.layers:
+        return check_stages(job.parallel, model.layers)
+    name = getattr(job.model, "target", None) or getattr(job.model, "name", job.model.kind)
+    rule = f"cannot be cut: the model ({name}) is not a sequence of layers that each parameter lies in once"
+    return [Problem("parallel.pipeline", job.parallel.pipeline, rule, _sequence_remedy(job))]
+
+
+def _sequence_remedy(job: JobConfig) -> str:
+    if job.model.kind == "python":
+        return "build an nn.Sequential, give the model a method pipeline_layers, or use pipeline: 1"
+    if job.model.kind == "torchvision" and job.model.name == "googlenet":
+        return "set model.args: {aux_logits: false} or use pipeline: 1"
+    sequences = "resnet, mlp, cnn, gpt and, of torchvision, ResNet, VGG, AlexNet, GoogLeNet, MobileNet and DenseNet"
+    return f"use one that is ({sequences}) or pipeline: 1"
 
 
 def check_storage(job: JobConfig) -> list[Problem]:

@@ -1,10 +1,11 @@
 """What one rank holds while it trains: bytes, by what they are for.
 
-The formulas are those of the ZeRO paper (Rajbhandari et al. 2020, section 3) with what DeepSpeed 0.19 really does,
-measured tensor by tensor: with ZeRO it keeps a separate master partition in fp32, too; stage 2 keeps every gradient
-whole that reaches into a rank's partition; stage 3 keeps small parameters on every rank. Not counted: the interpreter
-and its libraries, workspaces of kernels, and copies that live within one call, such as the fp32 copy of the gradients
-in a step.
+In a mesh of pipeline stages and tensor ranks a rank holds its part of the model, and ZeRO shards that over the
+replicas. The formulas are those of the ZeRO paper (Rajbhandari et al. 2020, section 3) with what DeepSpeed 0.19 really
+does, measured tensor by tensor: with ZeRO it keeps a separate master partition in fp32, too; stage 2 keeps every
+gradient whole that reaches into a rank's partition; stage 3 keeps small parameters on every rank. Not counted: the
+interpreter and its libraries, workspaces of kernels, and copies that live within one call, such as the fp32 copy of the
+gradients in a step.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from temper.config.schema import JobConfig
 from temper.plan.deepspeed_config import bucket_elements, zero_stage
 from temper.plan.mesh import BatchPlan, MeshPlan
-from temper.plan.probe import ModelFacts
+from temper.plan.probe import ModelFacts, Weights, join_weights
+
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
+"""Of one value in the arithmetic of forward and backward."""
 
 _FP32 = 4
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # `stage3_param_persistence_threshold`: stage 3 leaves smaller parameters whole on every rank.
 _PERSISTENT = 100_000
 
@@ -32,8 +35,10 @@ class MemoryPlan:
     - `parameters`: weights as forward uses them, and the model's buffers
     - `gradients`: at the end of the backward pass
     - `optimizer_state`: fp32 masters, where they are separate from the parameters, and moments
-    - `activations`: of one micro-batch
+    - `activations`: of one micro-batch; in a pipeline of all that are under way in the stage, with the inputs that it
+      received. Tensor ranks are counted as if each kept the activations of the unsplit layers, which is an upper bound.
     - `buckets`: buffers in which gradients are gathered to be reduced
+    - `server`: one shard of a parameter server: its part of the weights and of the optimizer's state
     """
 
     parameters: int
@@ -43,6 +48,7 @@ class MemoryPlan:
     buckets: int
     host_gradients: int
     host_optimizer_state: int
+    server: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -56,6 +62,14 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What of the model lies on the ranks of one pipeline stage; activations are of all micro-batches under way."""
+
+    weights: Weights
+    activation_bytes_per_example: int
+
+
+@dataclass(frozen=True)
 class _Shares:
     """Elements on one rank: `partition` of masters and moments, `touched` in parameters that reach into it."""
 
@@ -65,20 +79,67 @@ class _Shares:
 
 
 def plan_memory(job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> MemoryPlan:
-    """Memory of one rank for the job's ZeRO stage, precision, optimizer and offload."""
-    width = _BYTES[job.precision.dtype]
-    shares = _shares(zero_stage(job), model.parameter_sizes, mesh.data)
+    """Memory of the rank that holds most, for the job's mesh, ZeRO stage, precision, optimizer and offload."""
+    if job.parallel.mode == "parameter_server":
+        return _worker_and_server(job, model, batch)
+    parts = _parts(model, mesh, batch)
+    return max((_rank_memory(job, part, mesh, batch) for part in parts), key=lambda memory: memory.device_bytes)
+
+
+def stage_weights(model: ModelFacts, mesh: MeshPlan) -> list[Weights]:
+    """What the first tensor rank of each pipeline stage holds, before ZeRO shards it."""
+    if not mesh.cut:
+        return [model.part or model.weights]
+    layers = [layer.part or layer.weights for layer in model.layers]
+    return [join_weights(layers[first:end]) for first, end in itertools.pairwise([*mesh.cut, len(layers)])]
+
+
+def _parts(model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> list[_Part]:
+    if not mesh.cut:
+        return [_Part(weights, model.activation_bytes_per_example) for weights in stage_weights(model, mesh)]
+    layers, parts = model.layers, []
+    bounds = itertools.pairwise([*mesh.cut, len(layers)])
+    for stage, ((first, end), weights) in enumerate(zip(bounds, stage_weights(model, mesh), strict=True)):
+        received = layers[first - 1].output_bytes if first else 0
+        kept = received + sum(layer.activation_bytes for layer in layers[first:end])
+        # Under 1F1B a stage starts no more micro-batches than there are stages from it to the end.
+        under_way = min(mesh.pipeline - stage, batch.accumulation)
+        parts.append(_Part(weights, under_way * kept))
+    return parts
+
+
+def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan) -> MemoryPlan:
+    zero, width, weights = zero_stage(job), BYTES[job.precision.dtype], part.weights
+    shares = _shares(zero, weights.sizes, mesh.data)
     offload = job.parallel.offload == "cpu"
     state = _optimizer_state(job, shares)
-    gradients = _gradients(zero_stage(job), width, model, shares)
+    gradients = _gradients(zero, width, weights, shares)
     return MemoryPlan(
-        parameters=_parameters(zero_stage(job), width, model, mesh, shares),
-        gradients=_staged_gradients(zero_stage(job), width, model, batch) if offload else gradients,
+        parameters=_parameters(zero, width, weights, mesh, shares),
+        gradients=_staged_gradients(zero, width, weights, batch) if offload else gradients,
         optimizer_state=0 if offload else state,
-        activations=model.activation_bytes_per_example * batch.micro_batch * width // _FP32,
-        buckets=_buckets(zero_stage(job), width, model, mesh),
-        host_gradients=_host_gradients(zero_stage(job), width, model, batch, shares) if offload else 0,
+        activations=part.activation_bytes_per_example * batch.micro_batch * width // _FP32,
+        buckets=_buckets(zero, width, weights, mesh),
+        host_gradients=_host_gradients(zero, width, weights, batch, shares) if offload else 0,
         host_optimizer_state=state if offload else 0,
+    )
+
+
+def _worker_and_server(job: JobConfig, model: ModelFacts, batch: BatchPlan) -> MemoryPlan:
+    """A worker has its own fp32 weights and gradients, a second set where it adds them up between pushes.
+
+    Dean et al. (2012), algorithm 7.1; masters and the optimizer's state are the server's.
+    """
+    width, shard = BYTES[job.precision.dtype], -(-model.num_trainable // job.parallel.shards)
+    return MemoryPlan(
+        parameters=_FP32 * model.num_parameters + model.buffer_bytes,
+        gradients=_FP32 * model.num_trainable * (2 if job.parallel.n_push > 1 else 1),
+        optimizer_state=0,
+        activations=model.activation_bytes_per_example * batch.micro_batch * width // _FP32,
+        buckets=0,
+        host_gradients=0,
+        host_optimizer_state=0,
+        server=_FP32 * shard * (1 + _num_moments(job)),
     )
 
 
@@ -108,11 +169,11 @@ def _touched(sizes: Sequence[int], partition: int, ranks: int) -> int:
     return largest
 
 
-def _parameters(zero: int, width: int, model: ModelFacts, mesh: MeshPlan, shares: _Shares) -> int:
-    frozen = model.num_parameters - model.num_trainable
+def _parameters(zero: int, width: int, weights: Weights, mesh: MeshPlan, shares: _Shares) -> int:
     if zero < 3:
-        return width * (model.num_trainable + frozen) + model.buffer_bytes
-    return width * (shares.partition + shares.persistent - (-frozen // mesh.data)) + model.buffer_bytes
+        return width * weights.num_parameters + weights.buffer_bytes
+    frozen = weights.num_parameters - sum(weights.sizes)
+    return width * (shares.partition + shares.persistent - (-frozen // mesh.data)) + weights.buffer_bytes
 
 
 def _optimizer_state(job: JobConfig, shares: _Shares) -> int:
@@ -127,31 +188,31 @@ def _num_moments(job: JobConfig) -> int:
     return {"adam": 2, "adamw": 2, "adagrad": 1}[job.optimizer.kind]
 
 
-def _gradients(zero: int, width: int, model: ModelFacts, shares: _Shares) -> int:
-    return width * (shares.touched if zero >= 2 else model.num_trainable)
+def _gradients(zero: int, width: int, weights: Weights, shares: _Shares) -> int:
+    return width * (shares.touched if zero >= 2 else sum(weights.sizes))
 
 
-def _staged_gradients(zero: int, width: int, model: ModelFacts, batch: BatchPlan) -> int:
+def _staged_gradients(zero: int, width: int, weights: Weights, batch: BatchPlan) -> int:
     """What of the gradients stays on the device when they move to the host as they are made."""
     if zero == 3:
         return 0
-    staging = width * max(model.parameter_sizes, default=0)
+    staging = width * max(weights.sizes, default=0)
     # Stage 1 adds up the micro-batches of a step on the device before it moves anything.
-    return staging + (width * model.num_trainable if zero == 1 and batch.accumulation > 1 else 0)
+    return staging + (width * sum(weights.sizes) if zero == 1 and batch.accumulation > 1 else 0)
 
 
-def _host_gradients(zero: int, width: int, model: ModelFacts, batch: BatchPlan, shares: _Shares) -> int:
+def _host_gradients(zero: int, width: int, weights: Weights, batch: BatchPlan, shares: _Shares) -> int:
     masters_gradient = _FP32 * shares.partition
     if zero == 3:
         return masters_gradient + width * shares.partition
-    staging = width * (shares.partition + max(model.parameter_sizes, default=0))
+    staging = width * (shares.partition + max(weights.sizes, default=0))
     accumulated = width * shares.touched if zero == 2 and batch.accumulation > 1 else 0
     return masters_gradient + staging + accumulated
 
 
-def _buckets(zero: int, width: int, model: ModelFacts, mesh: MeshPlan) -> int:
+def _buckets(zero: int, width: int, weights: Weights, mesh: MeshPlan) -> int:
     if zero == 0 and mesh.data == 1:
         return 0
     # Stages 1 and 2 take turns between two where reduction overlaps with the backward pass, which it does on a GPU.
     number = 2 if zero in (1, 2) and mesh.device == "cuda" else 1
-    return width * bucket_elements(model.num_trainable) * number
+    return width * bucket_elements(sum(weights.sizes)) * number

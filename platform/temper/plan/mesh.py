@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from temper.config.schema import ParallelConfig
@@ -24,15 +25,22 @@ class ClusterShape:
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """`data` replicas of a model cut into `pipeline` stages; each rank computes on one `device`."""
+    """`data` replicas of a model cut into `pipeline` stages, each on `tensor` ranks that compute on one `device` each.
+
+    `cut` holds the index of each stage's first layer, 0 first; empty where there is one stage. `splits` tells how the
+    work of the modules named is split over the tensor ranks.
+    """
 
     data: int
     pipeline: int
     device: str
+    tensor: int = 1
+    cut: tuple[int, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
-        return self.data * self.pipeline
+        return self.data * self.pipeline * self.tensor
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,15 @@ def _count_gpus() -> int:
 
 def check_mesh(parallel: ParallelConfig, cluster: ClusterShape) -> list[Problem]:
     """What of `parallel` the cluster cannot give. Ray would wait for it for ever, so it is said before the start."""
-    world_size = parallel.workers * parallel.pipeline
+    per_replica = parallel.pipeline * parallel.tensor
+    world_size = parallel.workers * per_replica
     if parallel.device == "cuda" and cluster.gpus < 1:
         return [Problem("parallel.device", "cuda", "needs a GPU, and this cluster has none", "use cpu or auto")]
     problems = []
     if _device(parallel, cluster) == "cuda" and world_size > cluster.gpus:
         gpus = int(cluster.gpus)
         rule = f"needs {world_size} GPUs, one for each rank, and the cluster has {gpus}"
-        fit = gpus // parallel.pipeline
+        fit = gpus // per_replica
         remedy = f"use workers: {fit} or device: cpu" if fit else "use device: cpu"
         problems.append(Problem("parallel.workers", parallel.workers, rule, remedy))
     cpus = world_size * parallel.cpus_per_worker
@@ -79,7 +88,7 @@ def check_mesh(parallel: ParallelConfig, cluster: ClusterShape) -> list[Problem]
         rule = (
             f"needs {cpus:g} CPUs (cpus_per_worker: {parallel.cpus_per_worker:g}), and the cluster has {cluster.cpus:g}"
         )
-        fit = int(cluster.cpus / parallel.cpus_per_worker / parallel.pipeline)
+        fit = int(cluster.cpus / parallel.cpus_per_worker / per_replica)
         share = math.floor(cluster.cpus / world_size * 100) / 100
         remedies = ([f"workers: {fit}"] if fit else []) + ([f"cpus_per_worker: {share:g}"] if share else [])
         problems.append(
@@ -99,13 +108,18 @@ def _device(parallel: ParallelConfig, cluster: ClusterShape) -> str:
     return parallel.device
 
 
-def plan_batch(global_batch: int, data: int, micro_batch_limit: int | None = None) -> BatchPlan:
+def plan_batch(
+    global_batch: int, data: int, micro_batch_limit: int | None = None, least_accumulation: int = 1
+) -> BatchPlan:
     """Split `global_batch`, a multiple of `data`, with the fewest micro-batches that are no larger than the limit.
 
-    Micro-batches of one step are equally large, because the mean over the step is taken as a mean of their means.
+    They are at least `least_accumulation`, or as many as a rank has examples. Micro-batches of one step are equally
+    large, because the mean over the step is taken as a mean of their means.
     """
     rank_batch = global_batch // data
-    limit = rank_batch if micro_batch_limit is None else micro_batch_limit
+    limit = max(rank_batch // least_accumulation, 1)
+    if micro_batch_limit is not None:
+        limit = min(limit, micro_batch_limit)
     micro_batch = max(divisor for divisor in divisors(rank_batch) if divisor <= limit)
     return BatchPlan(global_batch, rank_batch, micro_batch, rank_batch // micro_batch)
 

@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from temper.config.schema import JobConfig
+from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 
 NUMERICS_VERSION = 1
 """Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
 
+_LOSS_SCALING = ("loss_scale", "initial_scale", "scale_window", "hysteresis", "min_scale")
+_SWITCHES = ("master_weights", "fp32_accumulation", "at_min_scale")
+_SERVER = ("shards", "n_fetch", "n_push", "max_staleness", "warm_start_steps")
 _LIBRARIES = ("torch", "torchvision", "deepspeed")
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """`steps` optimizer steps from `first_step` (0-based, over the whole job) under one DeepSpeed configuration."""
+    """`steps` optimizer steps from `first_step` (0-based, over the whole job) under one DeepSpeed configuration, which
+    is empty where DeepSpeed has no part in them."""
 
     name: str
     first_step: int
@@ -53,9 +57,11 @@ def ingredients(
     - `data`: fingerprint of the examples, and what is done to them in training: holdout, augmentation, normalisation,
       global batch. Not `eval_transforms` and `loader_processes`, which no weight depends on.
     - `loss`, `optimizer`: their sections. The schedule depends on `steps`, which is an ingredient of its own.
-    - `precision`: only the type where it is not fp16; the loss scale acts on nothing else.
+    - `precision`: only the type where it is not fp16; the loss scale acts on nothing else. Parts that are switched off,
+      and what is done at the least scale where that is not to stop.
     - `topology`: sums are taken in another order with another number of ranks, ZeRO stage or micro-batch, on another
-      device, or on a CPU with another number of threads, and the last bits with them.
+      device, or on a CPU with another number of threads, and the last bits with them. The cut, the splits and the keys
+      of a parameter server where there are such.
     - `sources`: hash of the code behind each `kind: python` target.
 
     Not in it, because no weight depends on them: name, storage, tracking, evaluation, the intervals of the budget,
@@ -68,9 +74,7 @@ def ingredients(
         "data": _data(job, data),
         "loss": job.loss.model_dump(mode="json"),
         "optimizer": job.optimizer.model_dump(mode="json"),
-        "precision": job.precision.model_dump(
-            mode="json", include=None if job.precision.dtype == "fp16" else {"dtype"}
-        ),
+        "precision": _precision(job.precision),
         "topology": _topology(job, mesh, batch),
         "steps": steps,
         "seed": job.seed,
@@ -102,8 +106,16 @@ def _data(job: JobConfig, data: DataFacts) -> dict[str, Any]:
     }
 
 
+def _precision(precision: PrecisionConfig) -> dict[str, Any]:
+    """Only what acts, so that a key which does nothing changes no fingerprint."""
+    default = PrecisionConfig()
+    keys = ["dtype", *(_LOSS_SCALING if precision.dtype == "fp16" else ())]
+    keys += [name for name in _SWITCHES if getattr(precision, name) != getattr(default, name)]
+    return {name: getattr(precision, name) for name in keys}
+
+
 def _topology(job: JobConfig, mesh: MeshPlan, batch: BatchPlan) -> dict[str, Any]:
-    return {
+    topology: dict[str, Any] = {
         "data": mesh.data,
         "pipeline": mesh.pipeline,
         "zero": job.parallel.zero,
@@ -112,6 +124,13 @@ def _topology(job: JobConfig, mesh: MeshPlan, batch: BatchPlan) -> dict[str, Any
         "device": mesh.device,
         "threads": job.parallel.cpus_per_worker if mesh.device == "cpu" else None,
     }
+    if mesh.pipeline > 1:
+        topology["cut"] = list(mesh.cut)
+    if mesh.tensor > 1:
+        topology |= {"tensor": mesh.tensor, "splits": dict(mesh.splits)}
+    if job.parallel.mode != "synchronous":
+        topology |= {name: getattr(job.parallel, name) for name in ("mode", *_SERVER)}
+    return topology
 
 
 def library_versions(job: JobConfig) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""What a plan must know of a model: its parameters, activations and FLOPs, found by building it in a process of its
-own.
+"""What a plan must know of a model: its layers, parameters, activations and FLOPs, found by building it in a process of
+its own.
 
 The planning process never imports torch. The answer is kept under `<storage>/cache/models`, keyed by everything that
 decides it, so that the second plan of a model takes milliseconds.
@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 import temper
 from temper.config.schema import JobConfig
@@ -24,11 +28,47 @@ from temper.plan.facts import DataFacts
 from temper.plan.phases import fingerprint, library_versions
 from temper.plan.targets import hash_targets, local_folders
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Raised when temper's probe or its own models change, so that answers kept from before are not used."""
 
 _TIMEOUT_S = 600
 _SOURCE_ROOT = Path(temper.__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a model one rank holds: all parameters' elements, those of each trainable one, and the buffers' bytes."""
+
+    num_parameters: int
+    sizes: tuple[int, ...]
+    buffer_bytes: int
+
+
+def join_weights(weights: Sequence[Weights]) -> Weights:
+    """What several layers hold together."""
+    return Weights(
+        num_parameters=sum(layer.num_parameters for layer in weights),
+        sizes=tuple(size for layer in weights for size in layer.sizes),
+        buffer_bytes=sum(layer.buffer_bytes for layer in weights),
+    )
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a model that is a sequence of layers, under its name in the model.
+
+    `part` is what of `weights` the first tensor rank holds, None without tensor parallelism. The rest are for one
+    example: FLOPs of the forward pass, bytes kept for the backward pass and bytes of the output, and the seconds of
+    forward and backward together where they were measured.
+    """
+
+    name: str
+    weights: Weights
+    part: Weights | None
+    forward_flops: int
+    activation_bytes: int
+    output_bytes: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +77,9 @@ class ModelFacts:
 
     `parameter_sizes` are the elements of each trainable parameter, in the model's order: ZeRO-3 cuts each one by
     itself, so their sum does not tell what a rank holds. `activation_bytes_per_example` is what autograd keeps for
-    the backward pass. `output_shape` is that of one example's output, None where it is not one tensor.
+    the backward pass. `output_shape` is that of one example's output, None where it is not one tensor. `layers` is
+    empty where the model is not a sequence of layers. `splits` tells how the work of the modules named is split over
+    the tensor ranks, and `part` what the first of them holds, which holds most; None without tensor parallelism.
     """
 
     num_parameters: int
@@ -47,32 +89,67 @@ class ModelFacts:
     activation_bytes_per_example: int
     forward_flops_per_example: int
     output_shape: tuple[int, ...] | None
+    layers: tuple[LayerFacts, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+    part: Weights | None = None
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.num_parameters, self.parameter_sizes, self.buffer_bytes)
 
 
-def model_facts(job: JobConfig, data: DataFacts, job_folder: Path) -> ModelFacts:
+@dataclass(frozen=True)
+class Timing:
+    """How layers are timed: `examples` of them at once, in `dtype`, on a device with so many threads."""
+
+    device: str
+    threads: int
+    dtype: str
+    examples: int
+
+
+_FACTS = TypeAdapter(ModelFacts)
+
+
+def model_facts(job: JobConfig, data: DataFacts, job_folder: Path, timing: Timing | None = None) -> ModelFacts:
     """The facts of the job's model on examples of the data's shape, from the cache or from a new process.
 
-    Raises JobError where the model cannot be built or does not take such an example.
+    With `timing` the layers' seconds are measured on this machine; the cache keeps them, so that another plan on such a
+    machine decides the same. Raises JobError where the model cannot be built, does not take such an example, or has
+    no layer that `parallel.split` could split.
     """
-    question = model_question(job, data, job_folder)
+    question = model_question(job, data, job_folder, timing)
     cached = _read(cache_file(job, question))
     if cached is not None:
         return cached
-    facts = _facts(_ask(question, job, job_folder))
+    facts = _FACTS.validate_python(_ask(question, job, job_folder))
     _write(cache_file(job, question), facts)
     return facts
 
 
-def model_question(job: JobConfig, data: DataFacts, job_folder: Path) -> dict[str, Any]:
+def model_question(job: JobConfig, data: DataFacts, job_folder: Path, timing: Timing | None = None) -> dict[str, Any]:
     """Everything that decides a model's facts: what the probe is given, and versions of the code that answers."""
+    parallel = job.parallel
     return {
         "probe": PROBE_VERSION,
         "model": job.model.model_dump(mode="json"),
         "shape": list(data.shape),
         "num_classes": data.num_classes,
+        # The first pattern that matches counts, and a fingerprint does not see the order of a mapping.
+        "tensor": {"size": parallel.tensor, "split": list(parallel.split.items())} if parallel.tensor > 1 else None,
+        "timing": None if timing is None else {**asdict(timing), "machine": _machine()},
         "libraries": library_versions(job),
         "sources": {key: value for key, value in hash_targets(job, job_folder).items() if key == "model.target"},
     }
+
+
+def _machine() -> list[str]:
+    """The models of this machine's processors and GPUs. Not its name, which a container has only once."""
+    described = [Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    lines = [line for file in described if file.is_file() for line in file.read_text().splitlines()]
+    # "model name" once for each processor, "Model" for each GPU.
+    models = [line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in ("model name", "Model")]
+    return models or [platform.processor(), str(os.cpu_count())]
 
 
 def cache_file(job: JobConfig, question: dict[str, Any]) -> Path:
@@ -83,20 +160,9 @@ def cache_file(job: JobConfig, question: dict[str, Any]) -> Path:
 def _read(file: Path) -> ModelFacts | None:
     answer = read_json(file)
     try:
-        return None if answer is None else _facts(answer)
-    except (TypeError, KeyError):
+        return None if answer is None else _FACTS.validate_python(answer)
+    except ValueError:
         return None  # of another version, or edited: the model is simply measured again
-
-
-def _facts(answer: dict[str, Any]) -> ModelFacts:
-    shape = answer["output_shape"]
-    return ModelFacts(
-        **{
-            **answer,
-            "parameter_sizes": tuple(answer["parameter_sizes"]),
-            "output_shape": None if shape is None else tuple(shape),
-        }
-    )
 
 
 def _write(file: Path, facts: ModelFacts) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from temper.config.schema import JobConfig
+from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.build import Plan
 from temper.plan.memory import MemoryPlan
 from temper.plan.phases import PhasePlan
+from temper.plan.stages import StagePlan, bubble, imbalance
 from temper.schedules import build_schedule
 
 Row = tuple[str, str]
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TIMES = "×"
 _COLUMNS = 120
+_NAMES_SHOWN = 3
 
 
 def plan_table(plan: Plan) -> str:
@@ -65,15 +67,12 @@ def _model_name(job: JobConfig) -> str:
 
 
 def _how(plan: Plan) -> Sequence[Row]:
-    job, mesh = plan.job, plan.mesh
-    offload = ", masters and optimizer state in host memory" if job.parallel.offload == "cpu" else ""
+    job = plan.job
+    synchronous = job.parallel.mode == "synchronous"
     return [
-        (
-            "mesh",
-            f"data {mesh.data} {_TIMES} pipeline {mesh.pipeline} = {_count(mesh.world_size, 'rank')} on {mesh.device}",
-        ),
-        ("sharding", (f"ZeRO stage {job.parallel.zero}" if job.parallel.zero else "none (ZeRO stage 0)") + offload),
-        ("precision", _precision(job)),
+        ("mesh", _mesh(plan)),
+        *(_synchronous_rows(plan) if synchronous else _server_rows(plan)),
+        ("precision", _precision(job.precision)),
         ("batch", _batch(plan)),
         ("optimizer", f"{job.optimizer.kind}, lr {job.optimizer.lr:g}" + _clipping(job)),
         ("schedule", _schedule(plan)),
@@ -87,8 +86,87 @@ def _how(plan: Plan) -> Sequence[Row]:
     ]
 
 
+def _mesh(plan: Plan) -> str:
+    mesh = plan.mesh
+    if plan.job.parallel.mode == "parameter_server":
+        shards = _count(plan.job.parallel.shards, "shard")
+        return f"{_count(mesh.data, 'worker')} on {mesh.device}, each on its own, and a parameter server of {shards}"
+    axes = [("data", mesh.data), ("pipeline", mesh.pipeline), ("tensor", mesh.tensor)]
+    product = f" {_TIMES} ".join(f"{name} {size}" for name, size in axes)
+    return f"{product} = {_count(mesh.world_size, 'rank')} on {mesh.device}"
+
+
+def _synchronous_rows(plan: Plan) -> Sequence[Row]:
+    parallel = plan.job.parallel
+    offload = ", masters and optimizer state in host memory" if parallel.offload == "cpu" else ""
+    sharding = f"ZeRO stage {parallel.zero}" if parallel.zero else "none (ZeRO stage 0)"
+    return [
+        *_stage_rows(plan),
+        *[("split", _split(kind, plan.mesh.splits)) for kind in dict.fromkeys(plan.mesh.splits.values())],
+        ("sharding", sharding + offload),
+    ]
+
+
+def _stage_rows(plan: Plan) -> Sequence[Row]:
+    if not plan.stages:
+        return []
+    idle = bubble(len(plan.stages), plan.batch.accumulation)
+    micro_batches = _count(plan.batch.accumulation, "micro-batch")
+    return [
+        *[(f"stage {index}", _stage(plan, stage)) for index, stage in enumerate(plan.stages)],
+        (
+            "bubble",
+            f"{idle:.0%} of a step with {micro_batches}; the most expensive stage costs "
+            f"{imbalance(plan.stages):.2f} {_TIMES} the mean of all",
+        ),
+    ]
+
+
+def _stage(plan: Plan, stage: StagePlan) -> str:
+    """e.g. `layers 0 to 4 (conv1 … layer1_1), 9,728 parameters, 51% of the cost, sends 512.0 KiB a micro-batch`."""
+    layers, last = plan.model.layers, stage.first_layer + stage.layers - 1
+    first_name, last_name = layers[stage.first_layer].name, layers[last].name
+    which = (
+        f"layer {last} ({last_name})"
+        if stage.layers == 1
+        else f"layers {stage.first_layer} to {last} ({first_name} … {last_name})"
+    )
+    cost = "measured time" if plan.job.parallel.stages == "measured" else "cost"
+    sends = f", sends {_size(stage.sent_bytes)} a micro-batch" if stage.sent_bytes else ""
+    return f"{which}, {stage.parameters:,} parameters, {stage.cost_share:.0%} of the {cost}{sends}"
+
+
+def _split(kind: str, splits: Mapping[str, str]) -> str:
+    """e.g. `output_maps: conv1, layer1_0.conv1, layer1_0.conv2, … (12)`."""
+    names = [name for name, split in splits.items() if split == kind]
+    if len(names) <= _NAMES_SHOWN:
+        return f"{kind}: {', '.join(names)}"
+    return f"{kind}: {', '.join(names[:_NAMES_SHOWN])}, … ({len(names)})"
+
+
+def _server_rows(plan: Plan) -> Sequence[Row]:
+    parallel = plan.job.parallel
+    elements = -(-plan.model.num_trainable // parallel.shards)
+    bound = parallel.max_staleness
+    ahead = "any number of pushes" if bound is None else f"at most {bound} {'push' if bound == 1 else 'pushes'}"
+    warm = _count(parallel.warm_start_steps, "step")
+    return [
+        ("server", f"{_count(parallel.shards, 'shard')} of {elements:,} parameters and their optimizer state"),
+        (
+            "exchange",
+            f"fetch every {_count(parallel.n_fetch, 'step')}, push every {_count(parallel.n_push, 'step')}; a worker "
+            f"may be ahead of the slowest by {ahead}",
+        ),
+        ("warm start", f"one worker alone for {warm}" if parallel.warm_start_steps else "none"),
+    ]
+
+
 def _batch(plan: Plan) -> str:
-    factors = (plan.mesh.data, "rank"), (plan.batch.accumulation, "micro-batch"), (plan.batch.micro_batch, "example")
+    if plan.job.parallel.mode == "parameter_server":
+        workers, examples = _count(plan.mesh.data, "worker"), _count(plan.batch.micro_batch, "example")
+        return f"{plan.batch.global_batch} = {workers} {_TIMES} {examples}"
+    replicas = "rank" if plan.mesh.world_size == plan.mesh.data else "replica"
+    factors = (plan.mesh.data, replicas), (plan.batch.accumulation, "micro-batch"), (plan.batch.micro_batch, "example")
     product = f" {_TIMES} ".join(_count(number, name) for number, name in factors)
     return f"{plan.batch.global_batch} = {product}"
 
@@ -102,14 +180,34 @@ def _phase(phase: PhasePlan) -> str:
     return f"steps {phase.first_step} to {phase.first_step + phase.steps}, stored under {phase.fingerprint[:10]}…"
 
 
-def _precision(job: JobConfig) -> str:
-    precision = job.precision
+def _precision(precision: PrecisionConfig) -> str:
+    return ", ".join([precision.dtype, *_loss_scale(precision), *_switched_off(precision)])
+
+
+def _loss_scale(precision: PrecisionConfig) -> Sequence[str]:
     if precision.dtype != "fp16":
-        return precision.dtype
-    if precision.loss_scale == "dynamic":
-        doubling = f"doubled after {precision.scale_window} clean steps"
-        return f"fp16, dynamic loss scale from {precision.initial_scale:g}, {doubling}"
-    return f"fp16, loss scale {precision.loss_scale:g}"
+        return []
+    if precision.loss_scale != "dynamic":
+        return [f"loss scale {precision.loss_scale:g}"]
+    minimum = _AT_MIN_SCALE[precision.at_min_scale]
+    return [
+        f"dynamic loss scale from {precision.initial_scale:g}",
+        f"doubled after {precision.scale_window} clean steps",
+        *([f"at scale {precision.min_scale:g} {minimum}"] if minimum else []),
+    ]
+
+
+# What an overflow at the least loss scale does; to stop goes without saying.
+_AT_MIN_SCALE = {"stop": "", "hold": "skips steps", "back_off": "goes back to the last checkpoint"}
+
+
+def _switched_off(precision: PrecisionConfig) -> Sequence[str]:
+    sampled = precision.underflow_every
+    return [
+        *([] if precision.master_weights else ["no master weights"]),
+        *([] if precision.fp32_accumulation else ["no fp32 accumulation"]),
+        *([f"flushed gradients counted every {_count(sampled, 'step')}"] if sampled else []),
+    ]
 
 
 def _clipping(job: JobConfig) -> str:
@@ -130,14 +228,31 @@ def _schedule(plan: Plan) -> str:
 
 
 def _cost(plan: Plan) -> Sequence[Row]:
-    memory, rank_batch = plan.memory, plan.batch.rank_batch
-    # Backward costs twice what forward does: one product for the inputs' gradients, one for the weights'.
-    flops = 3 * plan.model.forward_flops_per_example * rank_batch
+    memory = plan.memory
+    most = "at most " if plan.stages else ""
     return [
-        ("compute", f"{flops / 1e9:,.3g} GFLOP in a step on each rank"),
-        ("memory", f"{_size(memory.device_bytes)} on each rank's {plan.mesh.device}: {_parts(memory)}"),
+        ("compute", most + _compute(plan)),
+        ("memory", f"{most}{_size(memory.device_bytes)} on each rank's {plan.mesh.device}: {_parts(memory)}"),
         *_host_row(memory),
+        *_server_row(plan),
     ]
+
+
+def _compute(plan: Plan) -> str:
+    # Backward costs twice what forward does: one product for the inputs' gradients, one for the weights'.
+    flops = 3 * _busiest_stage_flops(plan) * plan.batch.rank_batch
+    where = "each rank" if plan.mesh.tensor == 1 else f"every {plan.mesh.tensor} tensor ranks together"
+    return f"{flops / 1e9:,.3g} GFLOP in a step on {where}"
+
+
+def _busiest_stage_flops(plan: Plan) -> int:
+    if not plan.stages:
+        return plan.model.forward_flops_per_example
+    layers = plan.model.layers
+    return max(
+        sum(layer.forward_flops for layer in layers[stage.first_layer : stage.first_layer + stage.layers])
+        for stage in plan.stages
+    )
 
 
 def _parts(memory: MemoryPlan) -> str:
@@ -156,6 +271,12 @@ def _host_row(memory: MemoryPlan) -> Sequence[Row]:
         return []
     parts = f"gradients {_size(memory.host_gradients)}, optimizer {_size(memory.host_optimizer_state)}"
     return [("host memory", f"{_size(memory.host_bytes)} beside each rank: {parts}")]
+
+
+def _server_row(plan: Plan) -> Sequence[Row]:
+    if plan.job.parallel.mode != "parameter_server":
+        return []
+    return [("server memory", f"{_size(plan.memory.server)} in each shard: weights and optimizer state")]
 
 
 def _size(size: int) -> str:

@@ -1,7 +1,8 @@
 """The history of a phase: one record for each optimizer step, in a file that survives any crash.
 
 `<phase folder>/history.jsonl` holds one JSON object a line, in ascending order of steps:
-`{"step": int, "time_ms": int, "metrics": {name: float}}`. It is written by one process, the Ray Train controller, and
+`{"step": int, "time_ms": int, "metrics": {name: float}}`, with `"events": [str]` where something happened in the step
+that numbers do not say. It is written by one process, the Ray Train controller, and
 read by any other. It is also the queue from which the tracker delivers to MLflow, so an outage there costs no memory.
 """
 
@@ -15,7 +16,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Record(TypedDict):
     step: int
     time_ms: int
     metrics: dict[str, float]
+    events: NotRequired[list[str]]
 
 
 class History:
@@ -128,7 +130,10 @@ def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
         step, time_ms, metrics = int(record["step"]), int(record["time_ms"]), record["metrics"]
-        return {"step": step, "time_ms": time_ms, "metrics": {name: float(value) for name, value in metrics.items()}}
+        known: Record = {"step": step, "time_ms": time_ms, "metrics": {name: float(metrics[name]) for name in metrics}}
+        if "events" in record:
+            known["events"] = [str(event) for event in record["events"]]
+        return known
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -29,7 +29,7 @@ from temper.tracking.redact import redact_text, redact_values
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric, Run, RunTag
 
     from temper.plan.build import Plan
 
@@ -39,6 +39,9 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 PROGRESS_METRIC = "train/loss"
 """Every record has it, and it is sent last: its latest step in MLflow is the last record that arrived whole."""
+
+LAST_NON_FINITE = "temper.last_non_finite"
+"""The tag with the newest event of the run: where, and at which step, a value was not finite."""
 
 BATCH_METRICS = 1000  # MLflow's limits on one request, and on the length of names and values
 _BATCH_PARAMS = 100
@@ -130,6 +133,21 @@ def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, 
             remedy = "run `mlflow db upgrade` on it, after a backup"
         raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {_first_line(error)}; {remedy}") from error
     return str(run.info.run_id)
+
+
+def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdict: str) -> None:
+    """Puts the result of `temper verify` into a run: the artifact `verify.json` and the tag `temper.verify`.
+
+    Raises RunError where the store does not take it.
+    """
+    try:
+        client = build_client(uri)
+        client.log_text(run_id, json.dumps(certificate, indent=2) + "\n", "verify.json")
+        client.set_tag(run_id, "temper.verify", verdict)
+        client.set_tag(run_id, "mlflow.runName", f"{certificate['job']} verify")
+    except Exception as error:  # as in open_run
+        what = f"tracking.uri: {redact_text(uri)} does not take the certificate"
+        raise RunError(f"{what}: {_first_line(error)}") from error
 
 
 def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0) -> bool:
@@ -309,7 +327,8 @@ class RunMetrics:
         metrics = [metric for record in records for metric in _entities(record)]
         try:
             for begin in range(0, len(metrics), BATCH_METRICS):
-                self._client.log_batch(self._run_id, metrics=metrics[begin : begin + BATCH_METRICS], synchronous=True)
+                part, tags = metrics[begin : begin + BATCH_METRICS], _tags_of(records) if begin == 0 else []
+                self._client.log_batch(self._run_id, metrics=part, tags=tags, synchronous=True)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE" and self._run_is_active():
                 raise RefusedError(_first_line(error)) from error
@@ -361,6 +380,14 @@ def _entities(record: Record) -> list[Metric]:
     return [
         Metric(metric_name(name), float(record["metrics"][name]), record["time_ms"], record["step"]) for name in names
     ]
+
+
+def _tags_of(records: Sequence[Record]) -> list[RunTag]:
+    """The newest event, as a tag; nothing where no record has one."""
+    from mlflow.entities import RunTag
+
+    newest = [f"step {record['step']}: {event}" for record in records for event in record.get("events", [])][-1:]
+    return [RunTag(LAST_NON_FINITE, redact_text(text)[:_TAG_LENGTH]) for text in newest]
 
 
 def metric_name(name: str) -> str:

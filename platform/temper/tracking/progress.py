@@ -61,6 +61,17 @@ def follow(progress: Progress, record: Record) -> Progress:
     )
 
 
+def new_events(records: Sequence[Record], shown: set[str]) -> list[str]:
+    """`step 12: loss scale 65536: …` for each event that is not in `shown` yet, which it then is."""
+    texts = []
+    for record in records:
+        for event in record.get("events", []):
+            if event not in shown:
+                shown.add(event)
+                texts.append(f"step {record['step']}: {event}")
+    return texts
+
+
 def time_left_s(progress: Progress, steps: int) -> float | None:
     """Seconds that the steps that are left will take, evaluations not counted; None before the first step."""
     return None if progress.step_s is None else max(0, steps - progress.step) * progress.step_s
@@ -153,6 +164,7 @@ class PlainDisplay:
         self._started_s = clock()
         self._progress = Progress()
         self._shown_tenth = -1
+        self._shown_events: set[str] = set()
 
     def stage(self, text: str) -> None:
         if not self._notes_only:
@@ -166,6 +178,8 @@ class PlainDisplay:
             if not self._notes_only and (tenth > self._shown_tenth or evaluated):
                 self._shown_tenth = tenth
                 self._print(self._step_line(evaluated))
+        for text in new_events(records, self._shown_events):
+            self.note(text)
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -205,6 +219,7 @@ class LiveDisplay:
         self._progress = Progress()
         self._stage = ""
         self._stage_started_s = clock()
+        self._shown_events: set[str] = set()
         self._live = Live(get_renderable=self.render, console=console, refresh_per_second=5, transient=True)
         self._live.start()
 
@@ -217,6 +232,8 @@ class LiveDisplay:
             self._finish_stage()
         for record in records:
             self._progress = follow(self._progress, record)
+        for text in new_events(records, self._shown_events):
+            self.note(text)
 
     def note(self, text: str) -> None:
         from rich.text import Text

@@ -1,0 +1,351 @@
+"""A parameter-server run: starts shards and workers as Ray actors, deals out mini-batches, replaces what dies.
+
+The supervisor is one loop in the driver. Between *gates* the workers run freely; at a gate, a step at which something
+is due, all that was handed out is done, so that a checkpoint is of exactly that step. One worker then evaluates the
+parameters as they were, while the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+
+from temper.errors import RunError
+from temper.files import write_json
+from temper.launch.ledger import Ledger, Pushed, StepRecords
+from temper.launch.server_actors import ShardActor, WorkerActor, stage_writer
+from temper.run_folder import CHECKPOINTS, FAILURES, HISTORY, PHASE_MANIFEST, RUN, STOP, WorkerSpec
+from temper.schedules import build_schedule
+from temper.tracking.history import Record
+
+POLL_S = 0.1
+REPORT_INTERVAL_S = 2.0
+CLOSE_TIMEOUT_S = 15.0
+DEPTH = 2
+"""Mini-batches that a worker is asked for at a time: one at work and one that waits, so that it is never idle."""
+
+Call = Literal["prepare", "train", "flush", "evaluate"]
+
+
+def plan_gates(first: int, last: int, *, evaluate_every: int, checkpoint_every: int, warm_start: int) -> list[int]:
+    """The steps after `first` at which all workers meet; `every: 0` means at the end only."""
+    due = {step for every in (evaluate_every, checkpoint_every) if every for step in range(every, last, every)}
+    return sorted(step for step in {*due, warm_start, last} if first < step <= last)
+
+
+def _is_due(step: int, last: int, every: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+@dataclass
+class _Worker:
+    """A worker's process, what it was asked for and has not answered, and the pushes that it has made."""
+
+    actor: Any
+    calls: dict[Any, Call] = field(default_factory=dict)
+    pushes: int = 0
+
+
+@dataclass
+class _Gate:
+    """A gate that was reached and is not yet behind: its evaluation is under way. `state`: of the checkpoint that the
+    shards have saved there and that is completed with the gate's record; None where none is due."""
+
+    step: int
+    state: dict[str, Any] | None
+
+
+def build_trainer(spec: WorkerSpec) -> ParameterServerTrainer:
+    """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
+    return ParameterServerTrainer(spec)
+
+
+class ParameterServerTrainer:
+    """Supervises the run of one phase."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec, self._job, self._last_step = spec, spec.plan.job, spec.phase.steps
+        self._stage = stage_writer(spec.run_folder)
+        self._shards: list[Any] = []
+        self._workers: dict[int, _Worker] = {}
+        self._num_restarts = 0
+        self._gate: _Gate | None = None
+        self._step_s = 0.0
+        self._segment: list[Record] = []  # since the last checkpoint
+
+    def fit(self) -> None:
+        """Trains from the newest checkpoint, or from the start, until the phase is complete or a stop was asked for.
+
+        Raises:
+            RunError: a worker's code failed, or no worker is left; failures.jsonl says more.
+        """
+        with ExitStack() as stack:
+            ready = self._start_actors()
+            stack.callback(self._kill_actors)
+            # Only now: it imports Ray Train, and the actors are on their way.
+            from temper.tracking.callback import TrackingCallback, TrackingTarget
+
+            target = TrackingTarget(
+                run_record=str(self._spec.run_folder / RUN),
+                history_path=str(self._spec.phase_folder / HISTORY),
+                failures_path=str(self._spec.run_folder / FAILURES),
+                system_metrics=self._job.tracking.system_metrics,
+            )
+            self._tracking = TrackingCallback(target)
+            stack.callback(self._tracking.close, CLOSE_TIMEOUT_S)
+            found, *_ = [self._of_shard(answer) for answer in ready]
+            self._resume(found)
+            self._train()
+            if self._last_step == found["step"]:
+                self._finish(found["folder"], found["records"][-1])
+
+    # ------------------------------------------------------------------------------------------------- start and end
+
+    def _start_actors(self) -> list[Any]:
+        parallel = self._job.parallel
+        shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardActor)
+        self._shards = [shard.remote(self._spec, index) for index in range(parallel.shards)]
+        ready = [actor.ready.remote() for actor in self._shards]
+        for number in range(parallel.workers):
+            self._add_worker(number)
+        return ready
+
+    def _add_worker(self, number: int) -> None:
+        on_gpu = self._spec.plan.mesh.device == "cuda"
+        options = {"num_cpus": self._job.parallel.cpus_per_worker, "num_gpus": 1 if on_gpu else 0}
+        worker = _Worker(ray.remote(**options)(WorkerActor).remote(self._spec, number, self._shards))
+        self._workers[number] = worker
+        worker.calls[worker.actor.prepare.remote()] = "prepare"
+
+    def _kill_actors(self) -> None:
+        for actor in (*self._shards, *(worker.actor for worker in self._workers.values())):
+            ray.kill(actor)
+
+    def _of_shard(self, answer: Any) -> Any:
+        """What a shard answers; where it dies, this waits until it is back and has answered."""
+        try:
+            return ray.get(answer)
+        except RayError as error:
+            self._tracking.after_exception(None, {0: error})
+            raise
+
+    def _resume(self, found: dict[str, Any]) -> None:
+        parallel, step, server = self._job.parallel, found["step"], found["server"]
+        if found["refused"]:
+            self._stage(f"refused {found['refused']}")
+        self._stage("taking the first step" if step == 0 else f"training from step {step}")
+        self._reached = self._saved = step
+        self._seconds = found["seconds"]
+        factor = build_schedule(self._job.optimizer.schedule, self._last_step)
+        self._ledger = Ledger(parallel.workers, step, n_push=parallel.n_push, max_staleness=parallel.max_staleness)
+        self._records = StepRecords(
+            parallel.workers,
+            step,
+            global_batch=self._spec.plan.batch.global_batch,
+            record_every=self._job.tracking.record_every,
+            lr_at=lambda number: self._job.optimizer.lr * factor(number),
+            staleness={int(number): count for number, count in server.get("staleness", {}).items()},
+            pushes={int(worker): count for worker, count in server.get("pushes", {}).items()},
+        )
+        self._report(found["records"])
+
+    def _finish(self, folder: str, last: Record) -> None:
+        """Declares the phase complete."""
+        manifest = {
+            "name": self._spec.phase.name,
+            "fingerprint": self._spec.phase.fingerprint,
+            "checkpoint": f"{CHECKPOINTS}/{folder}",
+            "steps": self._last_step,
+            "skipped_steps": 0,
+            "seconds": self._seconds,
+            "metrics": last["metrics"],
+        }
+        write_json(self._spec.phase_folder / PHASE_MANIFEST, manifest)
+
+    # ----------------------------------------------------------------------------------------------- from gate to gate
+
+    def _train(self) -> None:
+        budget, warm_start = self._job.budget, self._job.parallel.warm_start_steps
+        gates = plan_gates(
+            self._reached,
+            self._last_step,
+            evaluate_every=budget.evaluate_every,
+            checkpoint_every=budget.checkpoint_every,
+            warm_start=warm_start,
+        )
+        for gate in gates:
+            self._run_to(gate, alone=gate <= warm_start)
+            stopped = self._reached < gate or self._stop_requested()
+            self._pass_gate(stopped)
+            if stopped:
+                break
+        while self._gate is not None:
+            self._turn()
+
+    def _run_to(self, gate: int, *, alone: bool) -> None:
+        """Until all mini-batches before `gate` are done, and the gate before it is behind; or until a stop is asked
+        for, and the step then under way is done."""
+        self._target = gate
+        self._ledger.open(gate, alone=alone)
+        began = self._reported_at = time.perf_counter()
+        while not self._ledger.drained or self._gate is not None:
+            self._turn()
+            if self._target == gate and self._stop_requested():
+                self._target = self._ledger.close()
+        self._report_steps()
+        self._reached = self._target
+        self._seconds += time.perf_counter() - began
+
+    def _stop_requested(self) -> bool:
+        return (self._spec.run_folder / STOP).exists()
+
+    def _turn(self) -> None:
+        """Deals out what may be begun, and takes one answer, if one comes soon."""
+        self._deal()
+        calls = {call: number for number, worker in self._workers.items() for call in worker.calls}
+        if not calls:
+            raise RunError("every worker was lost")
+        answered, _ = ray.wait(list(calls), timeout=POLL_S)
+        for call in answered:
+            self._take_answer(calls[call], call)
+        if time.perf_counter() - self._reported_at > REPORT_INTERVAL_S:
+            self._report_steps()
+
+    def _deal(self) -> None:
+        for number, worker in self._workers.items():
+            while len(worker.calls) < DEPTH and (taken := self._ledger.take(number)) is not None:
+                ticket, lead = taken
+                self._records.begun(ticket, lead)
+                worker.calls[worker.actor.train.remote(ticket)] = "train"
+            if not worker.calls and self._ledger.exhausted and self._ledger.holds(number):
+                worker.calls[worker.actor.flush.remote(self._target - 1)] = "flush"
+        evaluating = any("evaluate" in worker.calls.values() for worker in self._workers.values())
+        if self._gate is not None and not evaluating and self._ledger.workers:
+            # The worker that evaluated was lost: another does it, with the parameters as they are by now.
+            number = self._most_trained()
+            self._workers[number].actor.refresh.remote()
+            self._evaluate(number)
+
+    def _take_answer(self, number: int, call: Any) -> None:
+        worker = self._workers[number]
+        asked = worker.calls.pop(call)
+        try:
+            answer = ray.get(call)
+        except RayError as error:
+            self._replace(number, error)
+            return
+        if asked == "prepare":
+            self._ledger.join(number)
+        elif asked == "evaluate":
+            self._ledger.join(number)
+            self._leave_gate(answer)
+        elif answer is not None:
+            self._take_push(number, answer)
+
+    def _take_push(self, number: int, push: Pushed) -> None:
+        self._workers[number].pushes += 1
+        self._ledger.pushed(number, push.mini_batches)
+        self._records.pushed(number, push)
+
+    def _replace(self, number: int, error: RayError) -> None:
+        """Raises RunError where the worker did not die but its code failed."""
+        self._tracking.after_exception(None, {number: error})
+        ray.kill(self._workers.pop(number).actor)
+        self._ledger.leave(number)
+        if self._num_restarts < self._job.parallel.max_restarts:
+            self._num_restarts += 1
+            self._add_worker(number)
+            self._stage(f"worker {number} was lost and is replaced")
+        else:
+            self._stage(f"worker {number} was lost; {len(self._workers)} go on")
+
+    # ---------------------------------------------------------------------------------------------------------- gates
+
+    def _pass_gate(self, stopped: bool) -> None:
+        """Saves and begins to evaluate, where that is due at the step reached."""
+        step, budget = self._reached, self._job.budget
+        evaluates = _is_due(step, self._last_step, budget.evaluate_every)
+        saves = step > self._saved and (stopped or _is_due(step, self._last_step, budget.checkpoint_every))
+        if not evaluates and not saves:
+            return
+        number, stored = self._refresh_one()
+        self._gate = _Gate(step, self._save(step, stored) if saves else None)
+        if evaluates:
+            self._ledger.leave(number)
+            self._evaluate(number)
+        else:
+            self._leave_gate({})
+
+    def _refresh_one(self) -> tuple[int, Any]:
+        """A worker whose model has the parameters as they are, and a reference to what else a checkpoint stores."""
+        while True:
+            while not self._ledger.workers:
+                self._turn()
+            number = self._most_trained()
+            done, stored = self._workers[number].actor.refresh.options(num_returns=2).remote()
+            try:
+                ray.get(done)
+            except RayError as error:
+                self._replace(number, error)
+            else:
+                return number, stored
+
+    def _most_trained(self) -> int:
+        """The worker whose batch-norm statistics are stored and evaluated: they are averages over its mini-batches."""
+        return max(self._ledger.workers, key=lambda number: self._workers[number].pushes)
+
+    def _evaluate(self, number: int) -> None:
+        worker, last = self._workers[number], self._gate is not None and self._gate.step == self._last_step
+        worker.calls[worker.actor.evaluate.remote(last)] = "evaluate"
+
+    def _save(self, step: int, stored: Any) -> dict[str, Any]:
+        """Has all shards write their parts, and returns the state that completes the checkpoint."""
+        answers = [shard.save.remote(step, None if index else stored) for index, shard in enumerate(self._shards)]
+        shards = [self._of_shard(answer) for answer in answers]
+        self._saved = step
+        return {
+            "step": step,
+            "applied": step,
+            "seconds": self._seconds,
+            "engine": {"optimizer_step": shards[0]["version"], "loss_scaler": {}},
+            "server": {
+                "shards": shards,
+                "staleness": dict(self._records.staleness),
+                "pushes": dict(self._records.pushes),
+            },
+        }
+
+    def _leave_gate(self, metrics: dict[str, float]) -> None:
+        """Completes the gate's record and checkpoint; the checkpoint first, so that the record of a step that would be
+        done again is not in the history."""
+        gate, self._gate = self._gate, None
+        assert gate is not None
+        is_last = gate.step == self._last_step
+        records = self._records.take(gate.step, self._step_s, metrics | (self._records.summary() if is_last else {}))
+        self._segment += records
+        if gate.state is not None:
+            folder = self._of_shard(self._shards[0].complete.remote(gate.state, self._segment))
+            self._segment = []
+        self._report(records)
+        if is_last:
+            self._finish(folder, records[-1])
+
+    # -------------------------------------------------------------------------------------------------------- records
+
+    def _report_steps(self) -> None:
+        """Reports what is complete. The record of a gate, and what comes after it, waits for what is found there."""
+        if self._gate is None and (count := self._records.num_complete(self._target)):
+            now = time.perf_counter()
+            self._step_s, self._reported_at = (now - self._reported_at) / count, now
+            records = self._records.take(self._target - 1, self._step_s)
+            self._segment += records
+            self._report(records)
+
+    def _report(self, records: list[Record]) -> None:
+        if records:
+            self._tracking.after_report(None, [{"records": records}], None)

@@ -1,0 +1,289 @@
+"""The processes of a parameter-server run as Ray actors: shards of the parameters, and workers.
+
+torch, and all that imports it, is imported in the actors' processes only; the driver knows these classes by name.
+Answers that the driver reads are plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from temper.launch.ledger import Computed, Pushed, Ticket
+from temper.run_folder import STAGES, WorkerSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from temper.checkpoint import CheckpointReader
+    from temper.data.sources import SplitName
+    from temper.engine.parameter_server import DownpourWorker, MiniBatch, Outcome, ParameterShard, Push, Values
+    from temper.tracking.history import Record
+
+
+class ShardActor:
+    """One shard. Ray starts it again where its process is lost, and makes the calls again that it had not answered.
+
+    It then goes on from the newest checkpoint, or from the initial parameters where there is none yet. What was pushed
+    since is lost: at most the `budget.checkpoint_every` steps of the job that lie between two checkpoints, that is
+    `checkpoint_every` × `workers` / `n_push` pushes, and with `checkpoint_every: 0` all.
+    """
+
+    def __init__(self, spec: WorkerSpec, index: int) -> None:
+        self._spec, self._index = spec, index
+        self._locks = ExitStack()
+
+    # Built at the first call and not in the constructor, so that an error reaches the caller and is not tried again.
+    @cached_property
+    def _shard(self) -> ParameterShard:
+        from temper.engine.parameter_server import ParameterShard, ShardState, named_shapes
+        from temper.locks import awaited
+
+        plan = self._spec.plan
+        _enter_process(self._spec, f"shard-{self._index}")
+        say = stage_writer(self._spec.run_folder)
+        lock = plan.lock(self._spec.phase, self._index)
+        self._locks.enter_context(awaited(lock, lambda: say("waiting for the end of an earlier attempt")))
+        model = _build_model(self._spec)
+        self._shapes = named_shapes(model)
+        shard = ParameterShard(model, self._index, plan.job.parallel.shards, plan.job.optimizer)
+        self._reader, self._refused = newest_checkpoint(self._spec)
+        if self._reader is not None:
+            shard.load(self._reader, ShardState(**self._reader.state["server"]["shards"][self._index]))
+        return shard
+
+    def ready(self) -> dict[str, Any]:
+        """The state of the checkpoint that the shard goes on from, with its `folder` and `records`, and `refused`: what
+        is wrong with a newer one."""
+        assert self._shard
+        if self._reader is None:
+            return {"step": 0, "seconds": 0.0, "server": {}, "folder": "", "records": [], "refused": self._refused}
+        found = {"folder": self._reader.folder.name, "records": self._reader.records(), "refused": self._refused}
+        return {**self._reader.state, **found}
+
+    def fetch(self) -> tuple[Values, int]:
+        return self._shard.fetch()
+
+    def push(self, worker: str, clock: int, gradient: Values, fetched_version: int, lr: float) -> int:
+        return self._shard.push(worker, clock, gradient, fetched_version, lr)
+
+    def save(self, step: int, stored: dict[str, Any] | None) -> dict[str, Any]:
+        """Writes this shard's part of the checkpoint of `step`, with the tensors `stored` where they are given, and
+        returns the shard's state. The checkpoint counts when :meth:`complete` has been called on one shard."""
+        from temper import checkpoint
+
+        parts = self._shard.shards()
+        for name, value in (stored or {}).items():
+            parts.append(checkpoint.Shard(name, 0, {checkpoint.BUFFER: value.reshape(-1)}))
+        folder = checkpoint.checkpoint_folder(self._spec.checkpoints, step)
+        checkpoint.write_shards(folder, self._index, parts)
+        return asdict(self._shard.state())
+
+    def complete(self, state: dict[str, Any], records: list[Record]) -> str:
+        """Completes the checkpoint that all shards have saved, removes old ones and returns its folder's name."""
+        from temper import checkpoint
+
+        assert self._shard
+        job = self._spec.plan.job
+        folder = checkpoint.checkpoint_folder(self._spec.checkpoints, state["step"])
+        checkpoint.write_manifest(folder, job.parallel.shards, state, self._shapes, records)
+        checkpoint.prune_checkpoints(self._spec.checkpoints, job.budget.keep_checkpoints)
+        return folder.name
+
+
+class RemoteShard:
+    """A worker's way to a shard: see :class:`temper.engine.parameter_server.ShardClient`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def fetch(self) -> Awaitable[tuple[Values, int]]:
+        return self._actor.fetch.remote()
+
+    def push(self, worker: str, clock: int, gradient: Values, fetched_version: int, lr: float) -> Awaitable[int]:
+        return self._actor.push.remote(worker, clock, gradient, fetched_version, lr)
+
+
+class WorkerActor:
+    """One worker. It keeps its own batch-norm statistics while it trains; see :meth:`refresh`."""
+
+    def __init__(self, spec: WorkerSpec, number: int, shards: list[Any]) -> None:
+        self._spec, self._number, self._actors = spec, number, shards
+        self._name = f"{number}-{uuid.uuid4().hex}"
+
+    async def prepare(self) -> None:
+        """Loads the data and builds the model, with the buffers of the newest checkpoint."""
+        from temper.data.sources import load_splits
+        from temper.engine.deepspeed_setup import device_of
+        from temper.engine.parameter_server import DTYPES, DownpourWorker, Replica
+        from temper.losses import build_loss
+        from temper.schedules import build_schedule
+
+        plan = self._spec.plan
+        job = plan.job
+        _enter_process(self._spec, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
+        self._loss = build_loss(job.loss)
+        self._splits = load_splits(job.data, Path(job.storage), plan.data)
+        dtype, device = DTYPES[job.precision.dtype], device_of(plan.mesh.device)
+        replica = Replica(_build_model(self._spec), self._loss, dtype, device)
+        reader, _ = newest_checkpoint(self._spec)
+        if reader is not None:
+            replica.load(reader)
+        self._factor = build_schedule(job.optimizer.schedule, self._spec.phase.steps)
+        self._downpour: DownpourWorker = DownpourWorker(
+            self._name,
+            replica,
+            [RemoteShard(actor) for actor in self._actors],
+            n_fetch=job.parallel.n_fetch,
+            n_push=job.parallel.n_push,
+            clip_norm=job.optimizer.clip_norm,
+        )
+
+    async def train(self, ticket: Ticket) -> Pushed | None:
+        """Computes one mini-batch; where that is the last of a push, answers when every shard has it."""
+        return _plain(await self._downpour.train(ticket, lambda: self._mini_batch(ticket)))
+
+    async def flush(self, step: int) -> Pushed | None:
+        """Pushes what is left of less than `n_push` mini-batches, at the learning rate of `step`."""
+        return _plain(await self._downpour.flush(self._lr_at(step)))
+
+    async def refresh(self) -> tuple[None, dict[str, Any]]:
+        """Brings the model up to date, to be evaluated; returns its buffers and frozen parameters, to be stored.
+
+        They travel from here to the shard that writes them; the driver waits for the first value only.
+        """
+        from temper.engine.parameter_server import stored_tensors
+
+        await self._downpour.fetch()
+        stored = stored_tensors(self._downpour.replica.module)
+        return None, {name: value.detach().cpu().clone() for name, value in stored.items()}
+
+    async def evaluate(self, last: bool) -> dict[str, float]:
+        """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end."""
+        return await self._downpour.use(lambda: self._evaluate(last))
+
+    def _evaluate(self, last: bool) -> dict[str, float]:
+        held_out = self._spec.plan.data.validation_examples > 0
+        values = {f"eval/{key}": value for key, value in self._on("validation" if held_out else "test").items()}
+        if last:
+            tested = self._on("test") if held_out else {key.removeprefix("eval/"): v for key, v in values.items()}
+            values |= {f"test/{key}": value for key, value in tested.items()}
+        return values
+
+    def _on(self, split: SplitName) -> dict[str, float]:
+        from temper.data.batches import eval_batches
+        from temper.evaluation import evaluate
+
+        plan, replica = self._spec.plan, self._downpour.replica
+        batch = plan.job.evaluation.batch
+        batches = eval_batches(plan.job.data, self._splits[split], plan.data, rank=0, world_size=1, batch=batch)
+        return evaluate(replica.predict, batches, self._loss, self._metrics, replica.device)
+
+    @cached_property
+    def _metrics(self) -> Any:
+        """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
+        from temper.metrics import build_metrics
+
+        plan = self._spec.plan
+        return build_metrics(plan.job.evaluation, plan.data, self._downpour.replica.device)
+
+    def _mini_batch(self, ticket: Ticket) -> MiniBatch:
+        """The part of the global batch that is rank `ticket.part`'s in synchronous training."""
+        from temper.data.batches import train_batches
+        from temper.engine.parameter_server import MiniBatch
+        from temper.loop import step_seed
+
+        plan = self._spec.plan
+        job = plan.job
+        batches = train_batches(
+            # Which ticket comes next is not known, so no process can prepare it ahead.
+            job.data.model_copy(update={"loader_processes": 0}),
+            self._splits["train"],
+            plan.data,
+            seed=job.seed,
+            batch=plan.batch,
+            rank=ticket.part,
+            world_size=plan.mesh.data,
+            first_step=ticket.step,
+            last_step=ticket.step + 1,
+        )
+        batch, _ = next(batches)
+        seed = step_seed(job.seed, ticket.step, ticket.part)
+        return MiniBatch(batch.inputs, batch.targets, self._lr_at(ticket.step), seed)
+
+    def _lr_at(self, step: int) -> float:
+        return self._spec.plan.job.optimizer.lr * self._factor(step)
+
+
+def _plain(push: Push | None) -> Pushed | None:
+    """What the driver is told of a push, in types that it knows without torch."""
+    return None if push is None else Pushed(push.staleness, {item.ticket: _computed(item) for item in push.outcomes})
+
+
+def _computed(outcome: Outcome) -> Computed:
+    terms = {f"train/loss/{name}": value for name, value in outcome.terms.items()}
+    losses = {"train/loss": sum(terms.values()), **(terms if len(terms) > 1 else {})}
+    return Computed(losses, outcome.grad_norm)
+
+
+# --------------------------------------------------------------------------------------------------- in every process
+
+
+def newest_checkpoint(spec: WorkerSpec) -> tuple[CheckpointReader | None, str | None]:
+    """The newest sound checkpoint, and what is wrong with the newest, if it is not that."""
+    from temper.checkpoint import MANIFEST, CheckpointReader, check_checkpoint, list_checkpoints
+
+    refused = None
+    for folder in reversed(list_checkpoints(spec.checkpoints)):
+        problem = check_checkpoint(folder)
+        if problem is None:
+            return CheckpointReader(folder), refused
+        if not (folder / MANIFEST).is_file():
+            # Not damaged: a newer one was completed meanwhile, and this one removed.
+            return newest_checkpoint(spec)
+        refused = refused or f"{folder.name}: {problem}"
+    return None, refused
+
+
+def _build_model(spec: WorkerSpec) -> nn.Module:
+    from temper.models.build import build_model
+
+    return build_model(spec.plan.job.model, spec.plan.data, spec.plan.job.seed)
+
+
+def _enter_process(spec: WorkerSpec, name: str, threads: int = 1) -> None:
+    """What a new process does first: its output goes to `logs/<name>.log`, and the user's modules are found."""
+    import torch
+
+    from temper.targets import apply_target_folders
+
+    warnings.filterwarnings("ignore")
+    path = spec.run_folder / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.open("a", buffering=1)
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        stream.flush()
+        os.dup2(log.fileno(), number)
+    sys.stdout = sys.stderr = log
+    torch.set_num_threads(threads)
+    apply_target_folders([Path(folder) for folder in spec.import_folders])
+
+
+def stage_writer(run_folder: Path) -> Callable[[str], None]:
+    """Tells people what a run is doing: appends to `stages.jsonl`."""
+
+    def stage(text: str) -> None:
+        with (run_folder / STAGES).open("a") as file:
+            file.write(json.dumps({"time_ms": int(time.time() * 1000), "text": text}) + "\n")
+
+    return stage

@@ -1,0 +1,175 @@
+"""`temper verify`: the job's first steps in one process and in its topology, compared; the result is a certificate.
+
+Both are traced first in fp32, whose rounding hides nothing, then in the job's own precision.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from temper.config.load import job_to_yaml
+from temper.config.schema import JobConfig, ParallelConfig, PrecisionConfig
+from temper.data.download import fetch_files
+from temper.errors import JobError, Problem, RunError
+from temper.files import read_lines, write_json
+from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
+from temper.launch.ingest import ingest
+from temper.launch.train import import_folders
+from temper.plan.build import Plan, build_plan
+from temper.plan.mesh import ClusterShape
+from temper.run_folder import FAILURES, TraceSpec
+from temper.tracking.mlflow_store import close_run, log_certificate, open_run, tracking_uri
+from temper.verify import Comparison, compare
+
+CERTIFICATE = "verify.json"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared and what came of it. `comparisons` are in fp32 and, if that is another, in the job's precision.
+
+    `difference` names the first layer and step that differ; None where the topology computes what one process does.
+    """
+
+    job: str
+    fingerprint: str
+    topology: dict[str, Any]
+    one_process: dict[str, Any]
+    steps: int
+    comparisons: tuple[Comparison, ...]
+    difference: str | None
+    seconds: float
+    run_id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def launch_verify(
+    job: JobConfig, job_folder: Path, *, steps: int, address: str, command: str, say: Callable[[str], None]
+) -> Certificate:
+    """Verifies `job`; `say` is told what is being done, for people.
+
+    The certificate lies in `<run folder>/verify.json` and in an MLflow run of its own. Raises JobError where the job
+    cannot be planned or has no equal in one process, RunError where a step fails.
+    """
+    started = time.perf_counter()
+    prepare_environment(address)
+    job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
+    _check_mode(job)
+    with ExitStack() as stack:
+        if address != "local":
+            stack.enter_context(ray_session(address, Path(job.storage) / "logs"))
+        cluster = cluster_shape(address)
+        plans = [build_plan(variant, cluster, job_folder) for variant in _precisions(job)]
+        references = [_in_one_process(plan, cluster, job_folder) for plan in plans]
+        if address == "local":
+            fetch_files(job.data.kind)
+            say("starting Ray")
+            stack.enter_context(ray_session("local", plans[-1].run_folder / "logs"))
+        ingest(job.data, plans[-1].data, Path(job.storage), say)
+        comparisons = _compare_all(plans, references, steps, job_folder, say, embedded=address == "local")
+    certificate = _certificate(plans[-1], references[-1], steps, comparisons, time.perf_counter() - started)
+    return _keep(certificate, plans[-1], command)
+
+
+def _check_mode(job: JobConfig) -> None:
+    if job.parallel.mode == "parameter_server":
+        rule = "has no equal in one process: what its workers compute depends on when they meet"
+        raise JobError([Problem("parallel.mode", job.parallel.mode, rule, "verify it with mode: synchronous")])
+
+
+def _precisions(job: JobConfig) -> list[JobConfig]:
+    exact = job.model_copy(update={"precision": PrecisionConfig()})
+    return [exact] if job.precision.dtype == "fp32" else [exact, job]
+
+
+def _in_one_process(plan: Plan, cluster: ClusterShape, job_folder: Path) -> Plan:
+    """The same job on one rank; micro-batches as large as those of all replicas together, so that batch norms see the
+    same examples."""
+    alone = ParallelConfig(
+        micro_batch=plan.batch.micro_batch * plan.mesh.data,
+        device=plan.job.parallel.device,
+        cpus_per_worker=plan.job.parallel.cpus_per_worker,
+    )
+    return build_plan(plan.job.model_copy(update={"parallel": alone}), cluster, job_folder)
+
+
+def _compare_all(
+    plans: Sequence[Plan],
+    references: Sequence[Plan],
+    steps: int,
+    job_folder: Path,
+    say: Callable[[str], None],
+    *,
+    embedded: bool,
+) -> tuple[Comparison, ...]:
+    root = plans[-1].run_folder
+    traces = root / "verify"
+    shutil.rmtree(traces, ignore_errors=True)
+    (root / FAILURES).unlink(missing_ok=True)
+    try:
+        for name, side in (("one-process", references), ("topology", plans)):
+            ranks = side[0].mesh.world_size
+            say(f"taking {steps} steps on {ranks} rank{'s' if ranks > 1 else ''}")
+            folders = tuple((plan, traces / name / plan.job.precision.dtype) for plan in side)
+            _trace(TraceSpec(root, folders, steps, import_folders(job_folder)), embedded=embedded)
+        say("comparing")
+        dtypes = [plan.job.precision.dtype for plan in plans]
+        return tuple(compare(traces / "one-process" / dtype, traces / "topology" / dtype, dtype) for dtype in dtypes)
+    finally:
+        shutil.rmtree(traces, ignore_errors=True)
+
+
+def _trace(spec: TraceSpec, *, embedded: bool) -> None:
+    from temper.launch.trainer import build_tracer
+
+    try:
+        build_tracer(spec, embedded=embedded).fit()
+    except Exception as error:
+        failures = read_lines(spec.run_folder / FAILURES)
+        text = f"rank {failures[-1]['rank']}: {failures[-1]['message']}" if failures else str(error)
+        raise RunError(f"{text}; the logs are {spec.run_folder / 'logs'}/verify-rank-*.log") from error
+
+
+def _certificate(
+    plan: Plan, reference: Plan, steps: int, comparisons: tuple[Comparison, ...], seconds: float
+) -> Certificate:
+    wrong = next((item for item in comparisons if item.difference is not None), None)
+    return Certificate(
+        job=plan.job.name,
+        fingerprint=plan.fingerprint,
+        topology=_topology(plan),
+        one_process=_topology(reference),
+        steps=steps,
+        comparisons=comparisons,
+        difference=None if wrong is None else f"{wrong.dtype}, {wrong.difference}",
+        seconds=seconds,
+    )
+
+
+def _topology(plan: Plan) -> dict[str, Any]:
+    return {
+        **asdict(plan.mesh),
+        "world_size": plan.mesh.world_size,
+        "zero": plan.job.parallel.zero,
+        "offload": plan.job.parallel.offload,
+        **asdict(plan.batch),
+    }
+
+
+def _keep(certificate: Certificate, plan: Plan, command: str) -> Certificate:
+    """Writes the certificate where the run's files are, and into MLflow."""
+    uri = tracking_uri(plan.job)
+    run_id = open_run(uri, plan, job_yaml=job_to_yaml(plan.job), command=command)
+    certificate = Certificate(**{**vars(certificate), "run_id": run_id})
+    write_json(plan.run_folder / CERTIFICATE, certificate.to_dict())
+    log_certificate(uri, run_id, certificate.to_dict(), "equal" if certificate.difference is None else "differs")
+    close_run(uri, run_id, "FINISHED" if certificate.difference is None else "FAILED")
+    return certificate

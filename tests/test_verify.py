@@ -1,0 +1,197 @@
+"""Traces of a topology against one process: equal where nothing is wrong, and each planted fault named by its layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distributed import run_distributed
+from engine_cases import BATCH, OPTIMIZERS, Case, build_batches, build_engine
+from temper.engine.deepspeed_engine import DeepSpeedEngine
+from temper.verify import Comparison, compare, trace
+
+STEPS = 3
+BLOCKS = dict.fromkeys("012345", "image_blocks")
+MAPS = {"0": "output_maps", "3": "input_maps", "7": "output_activations"}
+MASK = torch.rand(10, 7 * 64, generator=torch.Generator().manual_seed(3)) > 0.5
+
+
+def build_net() -> nn.Module:
+    """With a bias before a batch norm, whose gradient is rounding, and dropout: both must not count as differences."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 7, 3, padding=1, bias=False),
+        nn.BatchNorm2d(7),
+        nn.ReLU(),
+        nn.Sequential(nn.Dropout(0.5), nn.Flatten()),
+        nn.Linear(7 * 64, 10),
+    )
+
+
+def _trace(case: Case, folder: Path, fault: str = "") -> None:
+    model = build_net()
+    engine, batch = build_engine(case, model=model)
+    _plant(fault, engine)
+    chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
+    rows = torch.cat(
+        [
+            torch.arange(chunk * k + rank * batch.micro_batch, chunk * k + (rank + 1) * batch.micro_batch)
+            for k in range(batch.accumulation)
+        ]
+    )
+    parts = ((inputs[rows], targets[rows]) for inputs, targets in build_batches()[:STEPS])
+    trace(engine, model, parts, folder, lr_at=lambda applied: OPTIMIZERS[case.optimizer]["lr"], seed=0)
+
+
+def _trace_all(rank: int, items: dict[str, tuple[Case, str]], folder: Path) -> None:
+    for name, (case, fault) in items.items():
+        _trace(case, folder / name, fault)
+
+
+# -------------------------------------------------------------------------------------------------- planted faults
+
+
+def _plant(fault: str, engine: DeepSpeedEngine) -> None:
+    if fault:
+        FAULTS[fault](engine, dist.get_rank())
+
+
+def _wrong_accumulation(engine: DeepSpeedEngine, rank: int) -> None:
+    """The first stage divides by one micro-batch too few."""
+    if engine.groups.pipeline.rank == 0:
+        for _, param in engine.named_parameters():
+            param.register_hook(lambda grad: grad * (4 / 3))
+
+
+def _unsynchronised(engine: DeepSpeedEngine, rank: int) -> None:
+    """Each rank steps one parameter with its own gradient."""
+    param = dict(engine.named_parameters())["3.weight"]
+    own: list[Tensor] = []
+    param.register_hook(lambda grad: own.append(grad.clone()))
+
+    def put_back(*_unused: Any) -> None:
+        assert param.grad is not None
+        param.grad.copy_(own[-1])
+
+    engine.optimizer.register_step_pre_hook(put_back)
+
+
+def _missing_halo(engine: DeepSpeedEngine, rank: int) -> None:
+    """The rows and columns next to a block are taken for zeros in the second convolution."""
+    conv: Any = dict(engine.module.named_modules())["3"]
+    forward = conv.forward
+
+    def alone(images: Any) -> Any:
+        from temper.parallel import halo
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(halo, "_swap", lambda *args, **kwargs: None)
+            return forward(images)
+
+    conv.forward = alone
+
+
+def _masked(engine: DeepSpeedEngine, offset_of: Any) -> None:
+    def apply(*_unused: Any) -> None:
+        for item in engine.fragments():
+            if item.name == "7.weight":
+                start = offset_of(item)
+                item.master.mul_(MASK.flatten()[start : start + item.numel])
+
+    engine.optimizer.register_step_post_hook(apply)
+
+
+FAULTS = {
+    "wrong accumulation factor": _wrong_accumulation,
+    "unsynchronised parameter": _unsynchronised,
+    "missing halo": _missing_halo,
+    "mask": lambda engine, rank: _masked(engine, lambda item: item.start),
+    "mask on the wrong shard": lambda engine, rank: _masked(engine, lambda item: 0),
+}
+
+# Name → case and what is planted in it. Those named "alone…" run in one process.
+ALONE = {
+    "alone-1-sgd": (Case(accumulation=1), ""),
+    "alone-4-sgd": (Case(accumulation=4), ""),
+    "alone-1-adam": (Case(optimizer="adam"), ""),
+    "alone-1-fp16": (Case(dtype="fp16"), ""),
+    "alone-1-bf16": (Case(dtype="bf16"), ""),
+    "alone-1-mask": (Case(), "mask"),
+}
+TWO = {
+    "zero0": (Case(), ""),
+    "zero3": (Case(zero=3), ""),
+    "adam": (Case(zero=1, optimizer="adam"), ""),
+    "pipeline": (Case(pipeline=2, accumulation=4), ""),
+    "maps": (Case(tensor=2, splits=MAPS), ""),
+    "blocks": (Case(tensor=2, splits=BLOCKS), ""),
+    "fp16": (Case(zero=2, dtype="fp16"), ""),
+    "bf16": (Case(tensor=2, dtype="bf16", splits=MAPS), ""),
+    "masked": (Case(zero=1), "mask"),
+    "accumulation": (Case(pipeline=2, accumulation=4), "wrong accumulation factor"),
+    "unsynchronised": (Case(), "unsynchronised parameter"),
+    "halo": (Case(tensor=2, splits=BLOCKS), "missing halo"),
+    "shard": (Case(zero=1), "mask on the wrong shard"),
+}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traces")
+    run_distributed(_trace_all, 1, ALONE, folder)
+    run_distributed(_trace_all, 2, TWO, folder)
+    return folder
+
+
+def _compared(traces: Path, name: str, against: str) -> Comparison:
+    return compare(traces / against, traces / name, TWO[name][0].dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "against"),
+    [
+        ("zero0", "alone-1-sgd"),
+        ("zero3", "alone-1-sgd"),
+        ("adam", "alone-1-adam"),
+        ("pipeline", "alone-4-sgd"),
+        ("maps", "alone-1-sgd"),
+        ("blocks", "alone-1-sgd"),
+        ("fp16", "alone-1-fp16"),
+        ("bf16", "alone-1-bf16"),
+        ("masked", "alone-1-mask"),
+    ],
+)
+def test_a_right_topology_is_equal(traces: Path, name: str, against: str) -> None:
+    found = _compared(traces, name, against)
+    assert found.difference is None, str(found.difference)
+    assert [step.step for step in found.steps] == list(range(STEPS + 1))
+    assert found.compared > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "against", "step", "what", "layers"),
+    [
+        # Gradients are searched as the backward pass makes them: the first stage's last parameter is the first wrong.
+        ("accumulation", "alone-4-sgd", 1, "gradient", ["3.weight"]),
+        ("unsynchronised", "alone-1-sgd", 1, "the copy on another rank", ["3.weight"]),
+        # A block's own part is wrong from the convolution on; the region's end is the first whole image.
+        ("halo", "alone-1-sgd", 1, "output", ["3", "4", "5"]),
+        ("shard", "alone-1-mask", 1, "weight", ["7.weight"]),
+    ],
+)
+def test_a_planted_fault_is_named(
+    traces: Path, name: str, against: str, step: int, what: str, layers: list[str]
+) -> None:
+    found = _compared(traces, name, against).difference
+    assert found is not None
+    assert (found.step, found.what) == (step, what)
+    assert found.name in layers
+    assert f"step {step}" in str(found) and found.name in str(found)
