@@ -62,6 +62,7 @@ class Case:
                     "offload": self.offload,
                     "pipeline": self.pipeline,
                     "tensor": self.tensor,
+                    "split": self.splits,
                 },
                 "budget": {"steps": STEPS},
             }
@@ -183,6 +184,7 @@ def train_case(
     saved = save(engine, folder / f"{case}-{first}-{last}-{dist.get_world_size()}", last)
     return {
         "checkpoint": saved,
+        "logits": engine.predict(build_batches()[0][0][:30]).float(),
         "losses": [float(result.loss) for result in results],
         "norms": [float(result.grad_norm) for result in results if result.grad_norm is not None],
         "applied": [result.applied for result in results],

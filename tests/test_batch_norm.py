@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distributed import run_distributed
 from temper.parallel.batch_norm import GlobalBatchNorm, apply_global_batch_norm
+from temper.parallel.groups import Group
 
 STEPS = 3
 CHANNELS = 5
@@ -55,6 +56,8 @@ def cases(*sizes: tuple[int, ...]) -> list[Case]:
         Case(uneven, (4,), tracked=False),
         Case(uneven, (4,), training=False),
         Case(uneven, (4,), training=False, tracked=False),
+        # The last rank has no examples.
+        Case((*uneven[:-2], uneven[-2] + uneven[-1], 0), (4, 3)),
         Case(even, (4, 4), dtype=torch.float16),
         Case(uneven, (4, 4), dtype=torch.bfloat16),
         # Where E[x²] − E[x]² cancels in fp32.
@@ -112,36 +115,33 @@ def part(case: Case, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield inputs.split(case.sizes)[rank], loss_weights.split(case.sizes)[rank]
 
 
-def all_cases(rank: int, folder: str) -> dict[int, list[dict[str, Any]]]:
-    """The cases of every world size, each in a process group of that many of the spawned ranks."""
-    found, spawned = {}, dist.get_world_size()
-    for world_size in CASES:
-        group, place = divmod(rank, world_size)
-        dist.destroy_process_group()
-        size = min(world_size, spawned - group * world_size)
-        dist.init_process_group("gloo", f"file://{folder}/{world_size}-{group}", rank=place, world_size=size)
-        if group == 0:
-            found[world_size] = [run_case(case, rank) for case in CASES[world_size]]
+def all_cases(rank: int) -> dict[int, list[dict[str, Any]]]:
+    """The cases of every number of ranks, each in a group of that many of them."""
+    found = {}
+    for size in CASES:
+        members = dist.new_group(list(range(size)))
+        if rank < size:
+            found[size] = [run_case(case, rank, Group(rank, size, members)) for case in CASES[size]]
     return found
 
 
-def run_case(case: Case, rank: int) -> dict[str, Any]:
+def run_case(case: Case, rank: int, group: Group) -> dict[str, Any]:
     # A whole model is turned to half precision, the norm's own parameters with it.
-    model = apply_global_batch_norm(nn.Sequential(build_norm(case))).to(case.dtype)
+    model = apply_global_batch_norm(nn.Sequential(build_norm(case)), group).to(case.dtype)
     return run_norm(model[0], part(case, rank))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, list[dict[str, Any]]]]:
-    """`ranks[rank][world_size][case]`; one spawn for all."""
-    return run_distributed(all_cases, max(CASES), str(tmp_path_factory.mktemp("groups")))
+def ranks() -> list[dict[int, list[dict[str, Any]]]]:
+    """`ranks[rank][size][case]`; one spawn for all."""
+    return run_distributed(all_cases, max(CASES))
 
 
-@pytest.mark.parametrize("world_size", sorted(CASES))
-def test_equals_the_whole_batch_in_one_process(world_size: int, ranks: Any, subtests: pytest.Subtests) -> None:
-    for index, case in enumerate(CASES[world_size]):
+@pytest.mark.parametrize("size", sorted(CASES))
+def test_equals_the_whole_batch_in_one_process(size: int, ranks: Any, subtests: pytest.Subtests) -> None:
+    for index, case in enumerate(CASES[size]):
         with subtests.test(str(case)):
-            check(case, [found[world_size][index] for found in ranks[:world_size]])
+            check(case, [found[size][index] for found in ranks[:size]])
 
 
 def check(case: Case, found: list[dict[str, Any]]) -> None:
@@ -184,7 +184,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 )
 def test_alone_it_is_torchs_own(size, rest, momentum, affine, tracked, training) -> None:
     case = Case((size,), rest, momentum, affine, tracked, training=training)
-    model = apply_global_batch_norm(nn.Sequential(build_norm(case)))
+    model = apply_global_batch_norm(nn.Sequential(build_norm(case)), Group())
     found, expected = run_norm(model[0], batches(case)), run_norm(build_norm(case), batches(case))
     assert isinstance(model[0], GlobalBatchNorm)
     for kind in ("outputs", "gradients"):
@@ -238,7 +238,8 @@ def test_replacing_keeps_names_parameters_and_buffers() -> None:
     model.shared.eval()
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     state, modules = list(model.state_dict()), list(dict(model.named_modules()))
-    assert apply_global_batch_norm(model) is model
+    group = Group(1, 2)
+    assert apply_global_batch_norm(model, group) is model
     assert {name: id(param) for name, param in model.named_parameters()} == {k: id(v) for k, v in params.items()}
     assert {name: id(value) for name, value in model.named_buffers()} == {k: id(v) for k, v in buffers.items()}
     assert list(model.state_dict()) == state
@@ -253,6 +254,8 @@ def test_replacing_keeps_names_parameters_and_buffers() -> None:
     # One module under three names stays one.
     assert model.shared is model.again is model.block["norm"]
     assert type(model.shared) is GlobalBatchNorm
+    assert norm.group == model.shared.group == group
     before = dict(model.named_modules())
-    apply_global_batch_norm(model)
+    apply_global_batch_norm(model, Group())
     assert dict(model.named_modules()) == before
+    assert norm.group == model.shared.group == Group()

@@ -308,6 +308,7 @@ def test_a_right_job_breaks_no_rule():
         (["parallel={stages: [2]}"], "parallel.stages", "leave it out or use pipeline: 2"),
         (["parallel={pipeline: 3, stages: [2]}"], "parallel.stages", "name 2 or use pipeline: 2"),
         (["parallel={pipeline: 3, stages: [4, 2]}"], "parallel.stages", "use [2, 4]"),
+        (["parallel={tensor: 2, zero: 3, split: {x: image_blocks}}"], "parallel.zero", "use zero: 2"),
         (["parallel={split: {fc: output_activations}}"], "parallel.split", "leave it out or use tensor: 2"),
         (["parallel={shards: 2}"], "parallel.shards", "use mode: parameter_server"),
         (["parallel={mode: parameter_server, zero: 1}"], "parallel.zero", "use zero: 0 or mode: synchronous"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distributed import run_distributed
-from engine_cases import Case, build_net, reference, train_case
+from engine_cases import Case, build_batches, build_net, reference, train_case
 from temper.checkpoint import CheckpointReader, model_state
 from temper.config.checks import check_job
 from temper.config.compose import FEATURES, compose_table, conflict, legal_pairs
@@ -101,7 +101,18 @@ def test_a_legal_combination_equals_one_process(trained: Any, item: tuple[int, C
 
 
 @pytest.mark.parametrize("item", LEGAL, ids=_name)
-def test_norms_losses_and_skipped_steps_are_those_of_one_worker(trained: Any, item: tuple[int, Case]) -> None:
+def test_predictions_are_those_of_the_whole_model(trained: Any, item: tuple[int, Case]) -> None:
+    net = build_net().eval()
+    net.load_state_dict(model_state(CheckpointReader(trained[_name(item)]["checkpoint"])))
+    with torch.no_grad():
+        expected = net(build_batches()[0][0][:30])
+    tolerance = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}[item[1].dtype]
+    error = (trained[_name(item)]["logits"] - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("item", LEGAL, ids=_name)
+def test_norms_and_skipped_steps_are_those_of_one_worker(trained: Any, item: tuple[int, Case]) -> None:
     alone = trained[_name((1, Case(dtype=item[1].dtype, accumulation=2)))]
     here = trained[_name(item)]
     tolerance = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}[item[1].dtype]

@@ -23,7 +23,7 @@ from temper.parallel import image_block
 from temper.parallel.batch_norm import apply_global_batch_norm
 from temper.parallel.blocks import compute_on_blocks, dry_run_on_blocks, join_blocks, join_chain
 from temper.parallel.groups import Group, MeshGroups
-from temper.parallel.halo import Exchange, blocks_of, grid_shape
+from temper.parallel.halo import Box, Exchange, Window, blocks_of, grid_shape, plan_window
 from temper.parallel.image_block import ImageBlock
 from temper.torchvision_import import declare_torchvision_operators
 
@@ -140,7 +140,8 @@ def draw_cases(strategy: st.SearchStrategy[Operation], count: int) -> list[Opera
             output = case.build()(torch.zeros(case.shape, dtype=torch.double))
         except RuntimeError:
             assume(False)
-        assume(output.numel())
+        # torch's max pooling writes past its memory in the backward pass of a window that sees padding alone.
+        assume(output.numel() and output.isfinite().all())
         cases[str(case)] = case
 
     collect()
@@ -196,6 +197,13 @@ def _torchvision(name: str, part: str = "", **args: Any) -> Callable[[], nn.Modu
     return build
 
 
+def _vgg() -> nn.Module:
+    declare_torchvision_operators()
+    from torchvision.models.vgg import make_layers
+
+    return make_layers([4, "M", 8, "M", 8, 8, "M"])
+
+
 def _densenet() -> nn.Module:
     declare_torchvision_operators()
     from torchvision.models import DenseNet
@@ -216,7 +224,7 @@ NETWORKS = {
     "ResNet-18, layer3": Network(_torchvision("resnet18", "layer3"), (3, 128, 3, 2)),
     "ResNet-18 in evaluation": Network(_torchvision("resnet18", num_classes=5), (2, 3, 33, 40), training=False),
     "temper's ResNet-14": Network(lambda: build_resnet(3, 10, 14, 0.25), (2, 3, 11, 13)),
-    "VGG-11": Network(lambda: _torchvision("vgg11", "features")()[:13], (1, 3, 37, 32)),
+    "VGG": Network(_vgg, (2, 3, 21, 18)),
     "Inception": Network(_inception, (2, 6, 9, 7)),
     "MobileNetV3, squeeze and excitation": Network(
         lambda: _torchvision("mobilenet_v3_small", "features")()[:5], (2, 3, 40, 33)
@@ -227,7 +235,8 @@ NETWORKS = {
     "DenseNet": Network(_densenet, (2, 3, 40, 36)),
     "Twigs": Network(Twigs, (2, 4, 7, 9)),
 }
-SIZES = {2: list(NETWORKS), 3: [], 4: list(NETWORKS), 6: ["ResNet-18, layer3", "Inception", "Twigs"]}
+_SOME = ["ResNet-18, layer2", "temper's ResNet-14", "Inception", "Twigs"]
+SIZES = {2: _SOME, 3: _SOME, 4: list(NETWORKS)}
 
 
 def build_network(name: str) -> nn.Module:
@@ -323,7 +332,7 @@ def one_size(size: int, groups: MeshGroups, cases: list[Operation]) -> dict[Any,
         found[size, name] = on_blocks(build_network(name), NETWORKS[name].shape, groups)
     if size == 4:
         found["joined"] = [run_joined(groups, join) for join in (False, True)]
-        found["low precision"] = {case: run_low_precision(*case, groups) for case in LOW_PRECISION}
+        found["low precision"] = {str(case): run_low_precision(*case, groups) for case in LOW_PRECISION}
         found["no halo"] = run_without_halo(groups)
         found["dropout"] = run_dropout(groups)
     return found
@@ -386,9 +395,9 @@ def run_joined(groups: MeshGroups, join: bool) -> dict[str, Any]:
     model = build_chain()
     for name in REGIONS:
         compute_on_blocks(model.get_submodule(name), groups)
-    seen: list[type] = []
+    seen: list[str] = []
     for name in REGIONS:
-        model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(type(output)))
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
     if join:
         join_blocks(model)
     return {"values": compute(model, CHAIN_SHAPE), "seen": seen}
@@ -399,8 +408,8 @@ def test_regions_that_follow_each_other_keep_their_blocks(ranks: Any) -> None:
     expected = compute(build_chain(), CHAIN_SHAPE)
     for found in ranks[:4]:
         apart, joined = found["joined"]
-        assert apart["seen"] == [Tensor, Tensor, Tensor]
-        assert joined["seen"] == [ImageBlock, ImageBlock, Tensor]
+        assert apart["seen"] == ["Tensor", "Tensor", "Tensor"]
+        assert joined["seen"] == ["ImageBlock", "ImageBlock", "Tensor"]
         check(apart["values"], expected, 1e-13)
         check(joined["values"], expected, 1e-13)
 
@@ -473,7 +482,7 @@ def test_precision_and_memory_format_are_kept(
     # A few roundings: of each activation, and of the ranks' parts of a gradient.
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-6}[dtype]
     for found in ranks[:4]:
-        here = found["low precision"][dtype, memory_format]
+        here = found["low precision"][str((dtype, memory_format))]
         if memory_format == torch.channels_last:
             assert here["formats"] == [True] * 4
         for name, value in expected.items():
@@ -578,6 +587,20 @@ def test_a_missing_halo_shows_along_the_borders_of_the_blocks(ranks: Any) -> Non
 
 
 # --------------------------------------------------------------------------------------------------------- one process
+
+
+@given(sides(1, 13), st.integers(1, 12), *(st.builds(Window, *[st.integers(1, 4)] * 2, *[st.integers(0, 3)] * 2),) * 2)
+def test_the_pieces_of_an_exchange_fill_what_a_rank_needs(size: Any, ranks: int, rows: Window, columns: Window) -> None:
+    assume(rows.outputs(size[0]) > 0 and columns.outputs(size[1]) > 0)
+    exchange = plan_window(*size, ranks, rows, columns)
+    image = Box(0, size[0], 0, size[1])
+    for target, needed in enumerate(exchange.needed):
+        times = torch.zeros(needed.height, needed.width)
+        for source in range(ranks):
+            exchange.piece(source, target).of(times, needed).add_(1)
+        inside = torch.zeros_like(times)
+        (needed & image).of(inside, needed).fill_(1)
+        assert torch.equal(times, inside)
 
 
 def test_grids_are_as_square_as_can_be() -> None:

@@ -19,7 +19,7 @@ from temper.errors import JobError
 from temper.models.gpt import CausalSelfAttention, build_gpt
 from temper.models.plain import build_cnn, build_mlp
 from temper.models.resnet import build_resnet
-from temper.parallel.cut import cut_of
+from temper.parallel.cut import Cut, cut_of
 from temper.parallel.groups import Group, MeshGroups, build_groups
 from temper.parallel.layers import Conv2dByOutput, DropoutOfPart, LinearByInput, LinearByOutput, part_sizes
 from temper.parallel.split import apply_split, resolve_split
@@ -68,8 +68,9 @@ def gpt() -> nn.Module:
 
 
 def encoder() -> nn.Module:
-    layers = [nn.TransformerEncoderLayer(10, 5, 7, 0.0, batch_first=True, norm_first=first) for first in (False, True)]
-    return nn.Sequential(*layers, nn.Linear(10, 4))
+    """An even number of heads, as torch's fast path in evaluation wants it."""
+    layers = [nn.TransformerEncoderLayer(12, 6, 7, 0.0, batch_first=True, norm_first=first) for first in (False, True)]
+    return nn.Sequential(*layers, nn.Linear(12, 4))
 
 
 class Separable(nn.Module):
@@ -98,7 +99,7 @@ NETWORKS = {
     "resnet": Network(resnet, (2, 3, 8, 8)),
     "resnet-by-maps": Network(resnet, (2, 3, 8, 8), patterns=MAPS),
     "gpt": Network(gpt, (2, 6), tokens=11),
-    "encoder": Network(encoder, (2, 5, 10)),
+    "encoder": Network(encoder, (2, 5, 12)),
     "separable": Network(Separable, (2, 3, 7, 6)),
     "separable-by-input": Network(
         Separable, (2, 3, 7, 6), sizes=(2, 3), patterns={"*wise": "output_maps", "*.0": "input_maps"}
@@ -354,6 +355,15 @@ def test_a_model_without_memory_shows_what_each_rank_holds(name: str) -> None:
             assert max(part.numel() for part in parts) < param.numel()
 
 
+def test_image_blocks_leave_the_module_to_the_blocks() -> None:
+    model, groups = resnet(), tensor_groups(Group(0, 2))
+    with mock.patch("temper.parallel.split.compute_on_blocks") as compute:
+        apply_split(model, resolve_split(model, {"layer1*": "image_blocks", "fc": "input_activations"}, 2), groups)
+    compute.assert_called_once_with(model.layer1_0, groups)
+    assert not any(cut_of(param) for param in model.layer1_0.parameters())
+    assert cut_of(model.fc.weight) == Cut((5, 32), 1, ((0, 16),))
+
+
 def test_parts_are_whole_units_and_differ_by_one() -> None:
     assert part_sizes(7, 7, 3) == (3, 2, 2)
     assert part_sizes(15, 5, 4) == (6, 3, 3, 3)
@@ -380,7 +390,7 @@ def test_the_default_plan_of_each_network() -> None:
     layers = {f"{index}.{name}": kind for index in (0, 1) for name, kind in layer.items()}
     assert resolve_split(encoder(), {}, 4) == {**layers, "2": by_output}
     # Torch's attention needs its out-projection whole where the heads are too few.
-    assert resolve_split(encoder(), {}, 6) == {
+    assert resolve_split(encoder(), {}, 7) == {
         name: kind for name, kind in layers.items() if not name.endswith("self_attn")
     }
     blocks = {

@@ -173,7 +173,7 @@ def test_a_right_topology_is_equal(traces: Path, name: str, against: str) -> Non
     found = _compared(traces, name, against)
     assert found.difference is None, str(found.difference)
     assert [step.step for step in found.steps] == list(range(STEPS + 1))
-    assert found.compared > 0.9
+    assert found.compared > (0.8 if name == "bf16" else 0.99)
 
 
 @pytest.mark.parametrize(

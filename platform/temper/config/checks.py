@@ -123,7 +123,7 @@ _FP16_ONLY = ("loss_scale", *_DYNAMIC_ONLY, "underflow_every")
 def _check_precision(job: JobConfig) -> list[Problem]:
     precision = job.precision
     problems = []
-    if precision.dtype in ("fp32", "tf32"):
+    if not precision.is_low:
         rule = f"acts on bf16 and fp16 only, and precision.dtype is {precision.dtype}"
         problems += _unread(job, "precision", _LOW_ONLY, rule, "dtype: bf16")
     if precision.dtype != "fp16":
@@ -185,8 +185,15 @@ def _check_stages(stages: list[int], pipeline: int) -> list[Problem]:
 
 def _check_tensor(job: JobConfig) -> list[Problem]:
     if job.parallel.tensor > 1:
-        return []
+        return _check_blocks(job)
     return _unread(job, "parallel", ("split",), "acts with tensor ranks only; parallel.tensor is 1", "tensor: 2")
+
+
+def _check_blocks(job: JobConfig) -> list[Problem]:
+    if job.parallel.zero < 3 or "image_blocks" not in job.parallel.split.values():
+        return []
+    rule = "fetches a layer's parameters when its tensors come, and image blocks (parallel.split) are not tensors to it"
+    return [Problem("parallel.zero", 3, rule, "use zero: 2")]
 
 
 def _check_offload(job: JobConfig) -> list[Problem]:

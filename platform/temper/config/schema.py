@@ -412,6 +412,11 @@ class PrecisionConfig(Section):
         description="fp16 only: steps between samples of the gradients that are zero in fp16 and not in fp32; 0: none",
     )
 
+    @property
+    def is_low(self) -> bool:
+        """Whether weights and activations have half the bits of their masters."""
+        return self.dtype in ("bf16", "fp16")
+
 
 SplitKind = Literal["output_activations", "input_activations", "heads", "output_maps", "input_maps", "image_blocks"]
 

@@ -23,6 +23,7 @@ from temper.engine.masters import (
 from temper.engine.model_parallel_unit import ModelParallelUnit
 from temper.optim import build_optimizer
 from temper.parallel.batch_norm import apply_global_batch_norm
+from temper.parallel.blocks import join_blocks
 from temper.parallel.cut import cut_of
 from temper.parallel.groups import MeshGroups
 from temper.parallel.split import apply_split
@@ -64,7 +65,7 @@ class DeepSpeedEngine:
         self._shapes = _shapes(model)
         # Only where a rank has the whole model is there one to be looked at.
         self._skeleton = skeleton_of(model) if self._fp16 and groups.replica.size == 1 else None
-        if mesh.world_size > 1 or self._dtype != torch.float32:
+        if mesh.world_size > 1 or job.precision.is_low:
             apply_global_batch_norm(model, groups.data)
         if mesh.splits:
             apply_split(model, mesh.splits, groups)
@@ -98,6 +99,7 @@ class DeepSpeedEngine:
 
     def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
         """What of the model this rank computes."""
+        join_blocks(model)
         return model
 
     def _model_parallel_unit(self, mesh: MeshPlan) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from temper.engine.deepspeed_engine import DeepSpeedEngine, add_terms, total
 from temper.models.sequence import layer_sequence
 from temper.outputs import logits_of
+from temper.parallel.blocks import join_blocks, join_chain
 from temper.plan.mesh import MeshPlan
 
 
@@ -29,6 +30,11 @@ class PipelineEngine(DeepSpeedEngine):
     def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
         layers = layer_sequence(model)
         assert layers is not None, "the plan cuts sequences only"
+        stages = (*mesh.cut, len(layers))
+        own = layers[slice(*stages[self.groups.pipeline.rank :][:2])]
+        join_chain(layer for _, layer in own)
+        for _, layer in own:
+            join_blocks(layer)
         self._sums: dict[str, Tensor] = {}
         self._term_names: list[str] | None = None
         self._prefixes = {f"{index}.": f"{name}." for index, (name, _) in enumerate(layers)}
@@ -89,6 +95,8 @@ class PipelineEngine(DeepSpeedEngine):
         count = max(number for number in range(1, most + 1) if len(inputs) % number == 0)
         # Buffers are made for one shape; the training's micro-batches have another.
         self._engine.reset_activation_shape()
+        # What DeepSpeed takes for losses are logits here, and it would add them to the training's.
+        self._engine.total_loss = None
         outputs = self._engine.eval_batch(
             ((micro_batch, None) for micro_batch in inputs.chunk(count)),
             compute_loss=False,

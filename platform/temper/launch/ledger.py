@@ -33,7 +33,7 @@ class Ledger:
 
     Bounded staleness is stale synchronous parallel (Ho et al. 2013, section 2): a worker's clock counts its pushes, and
     a mini-batch is begun only by a worker whose clock is at most `max_staleness` ahead of the slowest's. One that died
-    is not waited for; one that joins starts at the clock of the slowest.
+    is not waited for; one that joins, or comes back, starts at least at the clock of the slowest.
     """
 
     def __init__(self, parts: int, first_step: int, *, n_push: int = 1, max_staleness: int | None = None) -> None:

@@ -113,10 +113,12 @@ def _shapes(outputs: Any) -> list[list[int]]:
 
 def _costs(layers: Sequence[Layer], shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[list[_Cost], Any]:
     """What each layer costs for one example, and the last one's outputs."""
-    (small, _), (large, outputs) = (
-        _forward(layers, torch.zeros((batch, *shape), device=device, dtype=dtype)) for batch in _BATCHES
-    )
+    (small, _), (large, outputs) = (_forward(layers, _zeros(batch, shape, device, dtype)) for batch in _BATCHES)
     return [cost.per_example(smaller) for cost, smaller in zip(large, small, strict=True)], outputs
+
+
+def _zeros(examples: int, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((examples, *shape), device=device, dtype=dtype)
 
 
 def _forward(layers: Sequence[Layer], inputs: Any) -> tuple[list[_Cost], Any]:
@@ -229,7 +231,7 @@ def with_times(facts: ModelFacts, model: nn.Module, inputs: Tensor, timing: Timi
     runs = [_time_layers(layers, inputs, synchronize) for _ in range(_WARM_UP_RUNS + _TIMED_RUNS)]
     medians = [statistics.median(seconds) for seconds in zip(*runs[_WARM_UP_RUNS:], strict=True)]
     timed = zip(facts.layers, medians, strict=True)
-    return replace(facts, layers=tuple(replace(layer, seconds=time / len(inputs)) for layer, time in timed))
+    return replace(facts, layers=tuple(replace(layer, seconds=median / len(inputs)) for layer, median in timed))
 
 
 def _time_layers(layers: Sequence[Layer], inputs: Any, synchronize: Callable[[], None]) -> list[float]:
@@ -277,21 +279,19 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     config: ModelConfig = TypeAdapter(ModelConfig).validate_python(question["model"])
     data = _data_facts(question)
     try:
-        model, facts, dtype = _examine(config, data)
+        model, inputs, facts = _examine(config, data)
         if question["timing"] is not None and facts.layers:
             section = {key: value for key, value in question["timing"].items() if key != "machine"}
-            facts = _timed(facts, config, data, dtype, Timing(**section))
+            facts = _timed(facts, config, data, inputs.dtype, Timing(**section))
         if question["tensor"] is not None:
-            device = next(model.parameters()).device
-            inputs = torch.zeros((_BATCHES[0], *data.shape), dtype=dtype, device=device)
             facts = with_parts(facts, model, inputs, question["tensor"]["size"], dict(question["tensor"]["split"]))
         return {"facts": asdict(facts)}
     except JobError as error:
         return {"problems": [asdict(problem) for problem in error.problems]}
 
 
-def _examine(config: ModelConfig, data: DataFacts) -> tuple[nn.Module, ModelFacts, torch.dtype]:
-    """The model, its facts, and the type of its inputs: floats, or integers where it takes token ids."""
+def _examine(config: ModelConfig, data: DataFacts) -> tuple[nn.Module, Tensor, ModelFacts]:
+    """The model, inputs that it takes, which are floats or else token ids, and its facts."""
     # What has three dimensions is an image.
     dtypes = (torch.float32,) if len(data.shape) == 3 else (torch.float32, torch.int64)
     for device in _DEVICES:
@@ -306,7 +306,8 @@ def _examine(config: ModelConfig, data: DataFacts) -> tuple[nn.Module, ModelFact
         errors = []
         for dtype in dtypes:
             try:
-                return model, measure(model, data.shape, device, dtype), dtype
+                facts = measure(model, data.shape, device, dtype)
+                return model, _zeros(_BATCHES[0], data.shape, device, dtype), facts
             except JobError:
                 raise
             except Exception as error:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from temper.errors import JobError, Problem
+from temper.parallel.blocks import compute_on_blocks
 from temper.parallel.groups import MeshGroups
 from temper.parallel.layers import (
     apply_dropout_split,
@@ -251,7 +252,7 @@ class _Pair:
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
-    """The pairs of the model's sequences, in their order; a layer may be the second of one and the first of the next."""
+    """The pairs of the model's sequences in their order; a layer may be the second of one and the first of the next."""
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for prefix, sequence in model.named_modules():
         # A subclass may do anything in its forward.
@@ -306,8 +307,6 @@ def apply_split(model: nn.Module, splits: Mapping[str, str], groups: MeshGroups)
     for name, kind in splits.items():
         module: Any = modules[name]
         if kind == "image_blocks":
-            from temper.parallel.blocks import compute_on_blocks
-
             compute_on_blocks(module, groups)
         elif kind == "heads":
             apply_head_split(module, groups.tensor)

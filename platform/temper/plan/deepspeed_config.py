@@ -29,6 +29,9 @@ def deepspeed_config(job: JobConfig, batch: BatchPlan, mesh: MeshPlan, num_train
         # torch's own optimizers are neither on DeepSpeed's list of tested ones nor its C++ ones; temper tests them.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Stages pass whole activations on. DeepSpeed would send each tensor rank's share of them and gather them again,
+        # which is wrong where a stage ends between two layers that hand parts to each other.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
     }
@@ -45,7 +48,7 @@ def zero_stage(job: JobConfig) -> int:
     DeepSpeed's stage 0 is wrong there: it starts with an optimizer step of its own, and in fp16 it divides the
     gradients by a loss scale that `engine.backward` never multiplied the loss by. Stage 1 computes what 0 should.
     """
-    return 1 if job.parallel.zero == 0 and job.precision.dtype != "fp32" else job.parallel.zero
+    return 1 if job.parallel.zero == 0 and job.precision.is_low else job.parallel.zero
 
 
 def _zero(job: JobConfig, mesh: MeshPlan, num_trainable: int) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def _zero(job: JobConfig, mesh: MeshPlan, num_trainable: int) -> dict[str, Any]:
 
 
 def _precision(precision: PrecisionConfig) -> dict[str, Any]:
-    if precision.dtype == "fp32":
+    if not precision.is_low:
         return {}
     if precision.dtype == "bf16":
         return {"bf16": {"enabled": True}}

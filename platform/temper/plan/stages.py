@@ -150,7 +150,7 @@ def cut_layers(costs: Sequence[float], trainable: Sequence[bool], sent: Sequence
     The most expensive stage costs the least possible; of such cuts, one with the fewest bytes `sent` from stage to
     stage. Exact, by dynamic programming: first the cost of the most expensive stage, then the bytes under that bound.
     """
-    best = _CutSearch(list(costs), list(trainable), stages).best
+    best = _CutSearch(costs, trainable, stages).best
     highest, _ = best(lambda before, cost, first: max(before, cost), lambda cost, found: cost >= found)
     _, firsts = best(
         lambda before, cost, first: before + (sent[first - 1] if first else 0), lambda cost, found: cost > highest

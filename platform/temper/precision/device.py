@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from temper.errors import RunError
-
-TF32_CAPABILITY = (8, 0)  # NVIDIA's Ampere
+from temper.plan.precision import TF32_CAPABILITY
 
 
 def apply_product_precision(dtype: str, device: torch.device) -> None:

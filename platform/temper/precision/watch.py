@@ -110,7 +110,7 @@ class TwinWatch:
         micro_batches = self.engine.micro_batches(step.inputs, step.targets)
         with self.engine.arithmetic():
             place = first_non_finite(twin, self.loss, micro_batches, self._factor(step), self.group)
-        return place or "finite on every rank alone; the sum of the gradients over ranks is not"
+        return place or "no value of any rank alone is non-finite; the sum of the gradients over ranks was"
 
 
 def _scale(step: WatchedStep) -> str:

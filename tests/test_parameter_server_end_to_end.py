@@ -1,0 +1,226 @@
+"""The parameter server as users run it: the command line, Ray actors, an MLflow database, killed processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from temper.checkpoint import CheckpointReader, list_checkpoints, model_state
+from temper.data.download import check_files
+from temper.tracking.history import read_history
+from test_train_end_to_end import finish, history_of, mlflow_points, mlflow_run, mlflow_runs, start, wait_for_step
+from test_train_end_to_end import write_job as write_synchronous_job
+
+pytestmark = pytest.mark.ray
+
+STEPS = 90
+SEED = int(os.environ.get("TEMPER_CHAOS_SEED", "0"))
+SERVER = {
+    "mode": "parameter_server",
+    "workers": 2,
+    "shards": 2,
+    "max_staleness": 4,
+    "warm_start_steps": 10,
+    "cpus_per_worker": 0.5,
+}
+
+
+def write_job(folder: Path, **sections: Any) -> Path:
+    """A job of a few seconds whose model has batch norm and dropout; see `test_train_end_to_end.job`."""
+    optimizer = {"kind": "adagrad", "lr": 0.02, "schedule": {"kind": "linear", "warmup_steps": 5}}
+    return write_synchronous_job(
+        folder, **{"name": "digits_server", "optimizer": optimizer, "parallel": SERVER, **sections}
+    )
+
+
+def processes_of(command: subprocess.Popen[str], kind: str) -> list[psutil.Process]:
+    """The command's actors of class `kind`, by their process titles, oldest first."""
+    found = []
+    for child in psutil.Process(command.pid).children(recursive=True):
+        try:
+            if f"ray::{kind}" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda child: child.pid)
+
+
+def kill_one(command: subprocess.Popen[str], kind: str, chance: random.Random) -> None:
+    victims = processes_of(command, kind)
+    assert victims, f"no {kind} among {psutil.Process(command.pid).children(recursive=True)}"
+    os.kill(chance.choice(victims).pid, signal.SIGKILL)
+
+
+def run_folder(folder: Path) -> Path:
+    return next((folder / "runs").glob("digits_server-*"))
+
+
+def check_whole(folder: Path, result: dict[str, Any]) -> None:
+    """The run is complete: each step once in the history and in MLflow, and it has learnt."""
+    assert result["status"] == "finished"
+    assert result["metrics"]["test/accuracy"] > 0.8
+    history = history_of(folder)
+    assert history is not None
+    assert [record["step"] for record in read_history(history)] == list(range(1, STEPS + 1))
+    assert len(mlflow_runs(folder)) == 1
+    assert mlflow_run(folder, result["run_id"]).info.status == "FINISHED"
+    points = mlflow_points(folder, result["run_id"], "train/loss")
+    assert [step for step, _ in points] == list(range(1, STEPS + 1))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    code, result, err = finish(start(write_job(folder)))
+    assert code == 0, err
+    yield folder, result, err
+
+
+def test_result_and_tracking_of_a_run(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, err = unbroken
+    check_whole(folder, result)
+    metrics = result["metrics"]
+    shares = {name: value for name, value in metrics.items() if name.startswith("server/staleness/")}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    clocks = {name: value for name, value in metrics.items() if name.startswith("server/clock/")}
+    assert set(clocks) == {"server/clock/0", "server/clock/1"}
+    assert sum(clocks.values()) == STEPS * 2, "every mini-batch was pushed once"
+    tracked = mlflow_run(folder, result["run_id"]).data.metrics
+    assert {name: tracked[name] for name in (*shares, *clocks)} == {**shares, **clocks}
+    leads = mlflow_points(folder, result["run_id"], "server/clock_lead")
+    assert [step for step, _ in leads] == list(range(1, STEPS + 1))
+    assert max(lead for _, lead in leads[10:]) <= 4
+    stale = dict(mlflow_points(folder, result["run_id"], "server/staleness_mean"))
+    assert {stale[step] for step in range(1, 11)} == {0.0}, "one worker trains alone at first"
+    assert max(stale.values()) > 0
+    assert [step for step, _ in mlflow_points(folder, result["run_id"], "eval/accuracy")] == [30, 60, 90]
+    assert "Traceback" not in err
+    assert "(pid=" not in err
+
+
+def test_the_same_job_again_is_reused(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, _ = unbroken
+    code, again, err = finish(start(folder / "job.yaml"))
+    assert code == 0, err
+    assert again["status"] == "reused"
+    assert again["metrics"] == result["metrics"]
+
+
+def test_eval_and_export_of_the_run(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, _ = unbroken
+    base = [sys.executable, "-m", "temper"]
+    found = subprocess.run(
+        [*base, "eval", result["run_id"], "--storage", "runs", "--json"], cwd=folder, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    metrics = json.loads(found.stdout.splitlines()[-1])["metrics"]
+    assert metrics["test/accuracy"] == pytest.approx(result["metrics"]["test/accuracy"], abs=1e-6)
+    done = subprocess.run(
+        [*base, "export", result["checkpoint"], "--to", "out"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    reader = CheckpointReader(Path(result["checkpoint"]))
+    assert reader.moments() == ["sum"]
+    assert set(model_state(reader)) == {
+        "body.0.weight", "body.1.weight", "body.1.bias", "body.1.running_mean", "body.1.running_var",
+        "body.1.num_batches_tracked", "head.weight", "head.bias",
+    }  # fmt: skip
+
+
+def test_a_killed_worker_and_a_killed_shard_are_replaced(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    process = start(write_job(tmp_path))
+    steps = sorted(chance.sample(range(15, 60), 2))
+    kinds = chance.sample(["WorkerActor", "ShardActor"], 2)
+    print(f"TEMPER_CHAOS_SEED={SEED}: kill {list(zip(kinds, steps, strict=True))}")
+    for step, kind in zip(steps, kinds, strict=True):
+        wait_for_step(process, tmp_path, step)
+        kill_one(process, kind, chance)
+    code, result, err = finish(process)
+    assert code == 0, err
+    assert "was lost and is replaced" in (run_folder(tmp_path) / "stages.jsonl").read_text()
+    check_whole(tmp_path, result)
+
+
+def test_a_broken_model_fails_at_once_with_its_own_error(tmp_path: Path) -> None:
+    path = write_job(tmp_path, model={"kind": "python", "target": "slow_net:build_broken"})
+    code, result, err = finish(start(path))
+    assert code == 1
+    assert result["status"] == "failed"
+    assert "this network is broken on purpose" in err
+    assert "Traceback" not in err
+    failures = [json.loads(line) for line in (run_folder(tmp_path) / "failures.jsonl").read_text().splitlines()]
+    assert "slow_net.py" in failures[0]["traceback"]
+    assert mlflow_runs(tmp_path)[0].info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_goes_on_past_a_damaged_checkpoint(tmp_path: Path) -> None:
+    path = write_job(tmp_path)
+    process = start(path)
+    wait_for_step(process, tmp_path, 22)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130, err
+    (checkpoints,) = (tmp_path / "runs" / "phases").glob("*/checkpoints")
+    newest = list_checkpoints(checkpoints)[-1]
+    reader = CheckpointReader(newest)
+    # Every mini-batch up to this step, and none after it, is in the parameters.
+    assert [shard["version"] for shard in reader.state["server"]["shards"]] == [2 * reader.step] * 2
+    assert [record["step"] for record in reader.records()][-1] == reader.step
+    damaged = newest / "rank-00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    code, result, err = finish(start(path))
+    assert code == 0, err
+    assert f"refused {newest.name}" in err
+    assert "training from step" in err
+    check_whole(tmp_path, result)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed(tmp_path: Path) -> None:
+    step = random.Random(SEED).randint(15, 60)
+    print(f"TEMPER_CHAOS_SEED={SEED}: kill the driver at step {step}")
+    path = write_job(tmp_path)
+    process = start(path)
+    wait_for_step(process, tmp_path, step)
+    process.kill()
+    process.communicate()
+    code, result, err = finish(start(path))
+    assert code == 0, err
+    assert "training from step" in err
+    check_whole(tmp_path, result)
+    assert sum(value for name, value in result["metrics"].items() if name.startswith("server/clock/")) == STEPS * 2
+
+
+@pytest.mark.slow
+def test_one_worker_repeats_bit_for_bit_whatever_the_shards_and_breaks(tmp_path: Path) -> None:
+    """Without a second worker nothing depends on timing, so that a broken run must end where an unbroken one does."""
+    states = []
+    for name, shards in (("one", 1), ("three", 3)):
+        path = write_job(tmp_path / name, parallel={**SERVER, "workers": 1, "shards": shards})
+        process = start(path)
+        if name == "three":
+            wait_for_step(process, tmp_path / name, 33)
+            process.send_signal(signal.SIGTERM)
+            assert finish(process)[0] == 130
+            process = start(path)
+        code, result, err = finish(process)
+        assert code == 0, err
+        states.append(model_state(CheckpointReader(Path(result["checkpoint"]))))
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
