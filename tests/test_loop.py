@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from distributed import run_distributed
 from temper import loop
 from temper.data.batches import Batch, DataState
 from temper.engine.base import StepResult
-from temper.loop import Calendar, Interrupted, Record, Reporter, TrainState, step_seed, train
+from temper.errors import RunError
+from temper.loop import Calendar, Interrupted, Record, Reporter, TrainState, build_recovery, step_seed, train
+from temper.precision.watch import Observation, Watch, WatchedStep, unwatched
 
 CPU = torch.device("cpu")
 TIMES = {"time/step_s", "time/examples_per_s"}
@@ -23,10 +25,13 @@ TIMES = {"time/step_s", "time/examples_per_s"}
 
 @dataclass
 class FakeEngine:
-    """Remembers what it is given. Step n (1-based) has the loss n / 2 + rank; steps of `skipped` are not applied."""
+    """Remembers what it is given. Step n (1-based) has the loss n / 2 + rank; steps of `skipped` and of `exhausted` are
+    not applied, the latter at the smallest loss scale. `weight` is the sum of the steps that were applied."""
 
     terms: tuple[str, ...] = ("cross_entropy",)
     skipped: tuple[int, ...] = ()
+    exhausted: tuple[int, ...] = ()
+    weight: int = 0
     loss_scale: float | None = None
     grad_norm: float | torch.Tensor | None = None
     rank: int = 0
@@ -40,7 +45,9 @@ class FakeEngine:
         self.calls.append({"step": step, "target": int(targets), "lr": lr, "seed": seed})
         loss = torch.tensor(step / 2 + self.rank)
         terms = {name: loss * share for name, share in zip(self.terms, (0.75, 0.25), strict=False)}
-        return StepResult(loss, terms, self.grad_norm, step not in self.skipped, self.loss_scale)
+        applied = step not in self.skipped + self.exhausted
+        self.weight += step if applied else 0
+        return StepResult(loss, terms, self.grad_norm, applied, self.loss_scale, step in self.exhausted)
 
 
 def batches(first: int, last: int) -> Iterator[tuple[Batch, DataState]]:
@@ -57,7 +64,9 @@ class Run:
     events: list[tuple[str, int]] = field(default_factory=list)
     reports: list[list[Record]] = field(default_factory=list)
     saved: list[tuple[TrainState, list[Record]]] = field(default_factory=list)
+    checkpoints: list[tuple[TrainState, int]] = field(default_factory=list)
     state: TrainState | None = None
+    failure: str = ""
 
     @property
     def records(self) -> list[Record]:
@@ -81,10 +90,13 @@ def run_loop(
     world_size: int = 1,
     stop_at: int | None = None,
     pause_s: float = 0.0,
+    policy: Literal["stop", "hold", "back_off"] = "stop",
+    watch: Watch = unwatched,
+    before: Run | None = None,
 ) -> Run:
     """Trains from `state` to the calendar's end; a request to stop is there from step `stop_at` on. Evaluating and
-    saving take `pause_s` each."""
-    run, state = Run(), state or TrainState()
+    saving take `pause_s` each. `before` has the checkpoints of an earlier attempt."""
+    run, state = Run(checkpoints=list(before.checkpoints) if before else []), state or TrainState()
 
     def report(records: list[Record]) -> None:
         run.events.append(("report", engine.calls[-1]["step"]))
@@ -99,6 +111,14 @@ def run_loop(
         run.events.append(("save", reached.step))
         engine.now[0] += pause_s
         run.saved.append((reached, reporter.take_segment()))
+        run.checkpoints.append((reached, engine.weight))
+
+    def restore() -> TrainState | None:
+        if not run.checkpoints:
+            return None
+        good, engine.weight = run.checkpoints[-1]
+        run.events.append(("restore", good.step))
+        return good
 
     reporter = Reporter(
         report,
@@ -122,9 +142,13 @@ def run_loop(
             reporter=reporter,
             evaluate=evaluate,
             save=save,
+            watch=watch,
+            recover=build_recovery(policy, restore),
         )
     except Interrupted:
         run.events.append(("interrupted", engine.calls[-1]["step"]))
+    except RunError as error:
+        run.failure = str(error)
     return run
 
 
@@ -302,6 +326,142 @@ def test_a_request_to_stop_at_the_last_step_finishes() -> None:
     assert run.events == [("report", 1), ("evaluate", 3), ("report", 3), ("save", 3)]
     assert run.state is not None
     assert run.state.step == 3
+
+
+# --------------------------------------------------------------------------------------------- at the minimum scale
+
+
+def test_stop_saves_and_names_the_step_and_the_module() -> None:
+    engine = FakeEngine(exhausted=(4,), loss_scale=1.0)
+    run = run_loop(engine, Calendar(10, 0, 0), watch=see_skips)
+    assert run.events == [("report", 1), ("report", 4), ("save", 4)]
+    assert run.saved[0][0] == TrainState(4, 3)
+    assert run.saved[0][1][-1]["events"] == ["step 4 overflowed in conv1"]
+    assert run.failure.startswith(
+        "step 4: gradients overflow at the smallest loss scale (step 4 overflowed in conv1). The state is saved"
+    )
+    assert run.state is None
+    # The same command once more: with the next batch, from the same weights.
+    again = run_loop(engine, Calendar(10, 0, 0), run.saved[0][0])
+    assert again.state == TrainState(10, 9)
+    assert [call["step"] for call in engine.calls] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_hold_skips_the_step_and_goes_on() -> None:
+    engine = FakeEngine(exhausted=(3, 4, 5, 6, 7), loss_scale=1.0)
+    run = run_loop(engine, Calendar(9, 0, 0), policy="hold")
+    assert run.state == TrainState(9, 4)
+    assert engine.weight == 1 + 2 + 8 + 9
+    assert [call["lr"] for call in engine.calls] == [1, 1 / 2, *[1 / 3] * 6, 1 / 4]
+
+
+def test_back_off_returns_to_the_checkpoint_and_goes_on_with_the_next_batch() -> None:
+    engine = FakeEngine(skipped=(6,), exhausted=(7,), loss_scale=1.0)
+    run = run_loop(engine, Calendar(10, 0, 3), policy="back_off")
+    # Steps 4 and 5 were applied and are taken back; batches 4 to 7 are not seen again.
+    assert [call["step"] for call in engine.calls] == list(range(1, 11))
+    assert engine.weight == 1 + 2 + 3 + 8 + 9 + 10
+    assert run.state == TrainState(10, 6, undone=2, back_offs=1)
+    assert run.state is not None
+    assert run.state.skipped == 2
+    assert [call["lr"] for call in engine.calls[6:]] == [1 / 6, 1 / 4, 1 / 5, 1 / 6]
+    metrics = run.metrics()
+    assert [metrics[step]["precision/skipped_steps"] for step in range(5, 9)] == [0, 1, 2, 2]
+    assert [metrics[step].get("precision/back_offs") for step in range(5, 9)] == [None, None, 1, 1]
+
+
+def test_back_off_ends_at_the_fourth_time_in_a_row() -> None:
+    engine = FakeEngine(skipped=(6, 8), exhausted=(5, 7, 9, 10, 11), loss_scale=1.0)
+    run = run_loop(engine, Calendar(20, 0, 4), policy="back_off")
+    assert engine.calls[-1]["step"] == 10
+    assert [step for name, step in run.events if name == "restore"] == [4, 4, 8]
+    assert run.failure.startswith(
+        "step 10: gradients overflow at the smallest loss scale after 3 returns to the last checkpoint (loss scale 1)."
+    )
+    assert run.saved[-1][0] == TrainState(10, 4, back_offs=3, back_offs_in_row=3)
+
+
+def test_an_applied_step_ends_the_row() -> None:
+    engine = FakeEngine(exhausted=(4, 6, 8, 10, 12), loss_scale=1.0)
+    run = run_loop(engine, Calendar(12, 0, 3), policy="back_off")
+    assert run.failure == ""
+    assert run.state == TrainState(12, 5, undone=2, back_offs=5, back_offs_in_row=1)
+
+
+def test_back_off_without_a_checkpoint_stops() -> None:
+    run = run_loop(FakeEngine(exhausted=(2,), loss_scale=1.0), Calendar(9, 0, 3), policy="back_off")
+    assert run.failure.startswith("step 2: gradients overflow at the smallest loss scale (loss scale 1).")
+    assert run.saved[0][0] == TrainState(2, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exhausted=st.sets(st.integers(1, 20), max_size=8),
+    skipped=st.sets(st.integers(1, 20), max_size=5),
+    killed=st.integers(1, 19),
+    every=st.integers(1, 6),
+    policy=st.sampled_from(["hold", "back_off", "stop"]),
+)
+def test_a_killed_run_goes_on_to_the_same_weights(exhausted, skipped, killed, every, policy) -> None:
+    """Killed after any step, with what its last checkpoint holds; stopped runs are started again, too."""
+    how = {"exhausted": tuple(exhausted), "skipped": tuple(skipped - exhausted), "loss_scale": 1.0}
+
+    def attempts(kill_at: int | None) -> tuple[int, TrainState]:
+        run, last = Run(), kill_at or 20
+        while True:
+            state, weight = run.checkpoints[-1] if run.checkpoints else (TrainState(), 0)
+            engine = FakeEngine(weight=weight, **how)
+            # A run that is killed has neither its last evaluation nor its last save.
+            run = run_loop(engine, Calendar(last, 0, every), state, policy=policy, before=run)
+            if run.failure:
+                continue
+            if last == 20:
+                assert run.state is not None
+                return engine.weight, run.state
+            if last % every:
+                run.checkpoints.pop()
+            last = 20
+
+    assert attempts(None) == attempts(killed)
+
+
+# ----------------------------------------------------------------------------------------------------------- watching
+
+
+def see_skips(step: WatchedStep) -> Observation:
+    """One number a step, and an event where it was skipped."""
+    events = () if step.applied else (f"step {step.step} overflowed in conv1",)
+    return Observation({"precision/underflow": 0.25} if step.step == 5 else {}, events)
+
+
+def test_events_and_samples_are_in_the_records_of_their_steps() -> None:
+    engine = FakeEngine(skipped=(3,), loss_scale=8.0)
+    run = run_loop(engine, Calendar(6, 0, 0), record_every=100, watch=see_skips)
+    assert [record["step"] for record in run.records] == [1, 3, 5, 6]
+    assert [record.get("events") for record in run.records] == [None, ["step 3 overflowed in conv1"], None, None]
+    assert [record["metrics"].get("precision/underflow") for record in run.records] == [None, None, 0.25, None]
+
+
+def test_a_watch_is_told_what_the_engine_was() -> None:
+    engine, told = FakeEngine(skipped=(2,), loss_scale=8.0), []
+
+    def watch(step: WatchedStep) -> Observation:
+        told.append((step.step, int(step.inputs), int(step.targets), step.seed, step.applied, step.loss_scale))
+        return Observation()
+
+    run_loop(engine, Calendar(2, 0, 0), watch=watch, rank=3)
+    assert told == [(1, 0, 0, step_seed(5, 0, 3), True, 8.0), (2, 1, 10, step_seed(5, 1, 3), False, 8.0)]
+
+
+def test_watching_is_not_counted_as_steps(now: list[float]) -> None:
+    def watch(step: WatchedStep) -> Observation:
+        now[0] += 60.0
+        return Observation()
+
+    run = run_loop(FakeEngine(now=now, step_s=0.5), Calendar(4, 0, 0), watch=watch)
+    assert [record["metrics"]["time/step_s"] for record in run.records] == [0.5] * 4
+    assert run.state is not None
+    assert run.state.seconds == 2.0
 
 
 # ----------------------------------------------------------------------------------------------------------- seeds

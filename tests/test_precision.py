@@ -169,6 +169,7 @@ def network(**parts: nn.Module) -> nn.Module:
     inner.add_module("last", parts.get("last", nn.Linear(4, 3)))
     for name, module in {"first": nn.Linear(2, 4), "relu": nn.ReLU(inplace=True), "inner": inner}.items():
         model.add_module(name, module)
+    nn.init.ones_(model.first.weight)
     return model.half()
 
 
@@ -190,7 +191,7 @@ Loss = Callable[[Any, Tensor], dict[str, Tensor]]
     [
         (network(), (1.0, 1.0), 1.0, None),
         (network(gate=Times(forward=INF)), (1.0,), 1.0, "first non-finite output in inner.gate"),
-        # 60000 × a weight of about 1 is no fp16 number; only the second micro-batch is that large.
+        # 60000 + 60000 is no fp16 number; only the second micro-batch is that large.
         (network(), (1.0, 60000.0), 1.0, "first non-finite output in first"),
         (network(), (1.0, INF), 1.0, "non-finite values in the inputs"),
         (network(gate=Times(backward=INF)), (1.0,), 1.0, "first non-finite gradient in relu (its output)"),

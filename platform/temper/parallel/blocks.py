@@ -29,7 +29,7 @@ def compute_on_blocks(module: nn.Module, groups: MeshGroups) -> None:
     Images are floating-point tensors `(N, C, height, width)`; every tensor rank gives the same ones and gets the same
     result. Batch norms inside take their statistics over `groups.stage`. Gradients of inputs and parameters are, on
     every tensor rank, those of the unsplit module. What the module does with its images must be an operation that
-    :mod:`temper.parallel.image_block` lists: another one raises RunError, as does a change of its input in place.
+    :mod:`temper.parallel.image_block` lists; another one raises RunError.
     """
     region = _Region(groups)
     module.temper_region = region  # type: ignore[assignment]
@@ -88,7 +88,7 @@ class _Region:
     def __init__(self, groups: MeshGroups) -> None:
         self.groups = groups
         self.hands_on = False
-        self._cut: list[tuple[ImageBlock, int]] = []
+        self._cut: list[tuple[Tensor, ImageBlock, int]] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._cut = []
@@ -101,14 +101,15 @@ class _Region:
         if not (isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()):
             return value
         images = ImageBlock.cut(value, self.groups)
-        self._cut.append((images, _version(images)))
+        self._cut.append((value, images, _version(images)))
         return images
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         cut, self._cut = self._cut, []
-        if any(_version(images) != version for images, version in cut):
-            # The block is a copy: the caller would not see the change.
-            raise refusal("a change of its input in place")
+        for original, images, version in cut:
+            # The block is a copy, and a change in place is the caller's to see. Inference mode does not tell of one.
+            if images.block.is_inference() or _version(images) != version:
+                original.copy_(images.whole())
         return output if self.hands_on else tree_map(_whole, output)
 
 
@@ -122,5 +123,5 @@ def _whole(value: Any) -> Any:
 
 
 def _version(images: ImageBlock) -> int:
-    """Counts the changes in place. Inference mode keeps no count."""
+    """Counts the changes in place."""
     return 0 if images.block.is_inference() else images.block._version
