@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from temper import checkpoint
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
 from temper.errors import CheckpointError
+from temper.parallel.cut import Cut, cut_evenly
 
 WEIGHT = torch.arange(24, dtype=torch.float32)
 SHAPES = {"net.weight": (4, 6), "net.running_mean": (3,), "net.count": ()}
@@ -61,6 +64,102 @@ def test_a_missing_range_is_named(tmp_path: Path) -> None:
     reader = CheckpointReader(write(tmp_path, 1, (0, 10)))
     with pytest.raises(CheckpointError, match=r"no rank wrote master of net\.weight at 10"):
         reader.full(MASTER, "net.weight")
+
+
+# ------------------------------------------------------------------------------------------ tensors cut over ranks
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, ...]:
+    return tuple(draw(st.lists(st.integers(1, 8), min_size=1, max_size=3)))
+
+
+@st.composite
+def tensor_cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Cut]:
+    """The cuts of all tensor ranks of one mesh along some dim, none of them empty."""
+    dim = draw(st.integers(0, len(shape) - 1))
+    stacked = draw(st.sampled_from([number for number in (1, 2, 3) if shape[dim] % number == 0]))
+    parts = draw(st.integers(1, min(shape[dim] // stacked, 4)))
+    return [cut_evenly(shape, dim, index, parts, stacked) for index in range(parts)]
+
+
+@st.composite
+def zero_ranges(draw: st.DrawFn, numel: int) -> list[tuple[int, int]]:
+    """What each ZeRO rank holds of a flattened part; ranks without any of it are left out."""
+    inner = draw(st.lists(st.integers(1, numel - 1), max_size=3, unique=True)) if numel > 1 else []
+    return list(itertools.pairwise([0, *sorted(inner), numel]))
+
+
+def values(shape: tuple[int, ...], first: int = 0) -> Tensor:
+    return torch.arange(first, first + math.prod(shape), dtype=torch.float32).view(shape)
+
+
+def write_cut(folder: Path, shards: list[Shard], shape: tuple[int, ...], ranks: int = 2) -> CheckpointReader:
+    """The shards, dealt out to `ranks` files."""
+    for rank in range(ranks):
+        checkpoint.write_shards(folder, rank, shards[rank::ranks])
+    checkpoint.write_manifest(folder, ranks, {"step": 1, "engine": {}}, {"qkv.weight": shape})
+    return CheckpointReader(folder)
+
+
+def cut_shards(cuts: list[Cut], ranges: list[list[tuple[int, int]]], shape: tuple[int, ...]) -> list[Shard]:
+    """A weight and its moment as tensor ranks hold them, each part in the ranges of its ZeRO ranks."""
+    shards = []
+    for cut, of_part in zip(cuts, ranges, strict=True):
+        weight, moment = (cut.take(values(shape, first)).reshape(-1) for first in (0, 1000))
+        shards += [
+            Shard("qkv.weight", start, {MASTER: weight[start:stop], "exp_avg": moment[start:stop]}, cut)
+            for start, stop in of_part
+        ]
+    return shards
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_reader_gets_the_values_of_a_cut_tensor(tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    shape = data.draw(shapes())
+    written = data.draw(tensor_cuts(shape))
+    ranges = [data.draw(zero_ranges(math.prod(cut.part_shape))) for cut in written]
+    reader = write_cut(tmp_path_factory.mktemp("cut"), cut_shards(written, ranges, shape), shape)
+    asked = [None, *data.draw(tensor_cuts(shape)), *written]
+    for kind, first in ((MASTER, 0), ("exp_avg", 1000)):
+        whole = values(shape, first)
+        assert torch.equal(reader.full(kind, "qkv.weight"), whole)
+        for cut in asked:
+            expected = (whole if cut is None else cut.take(whole)).reshape(-1)
+            start = data.draw(st.integers(0, len(expected) - 1))
+            numel = data.draw(st.integers(1, len(expected) - start))
+            found = reader.read(kind, "qkv.weight", start, numel, cut)
+            assert torch.equal(found, expected[start : start + numel]), (kind, cut)
+            assert torch.equal(reader.read(kind, "qkv.weight", cut=cut), expected), (kind, cut)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_missing_part_or_range_of_one_is_an_error(tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    shape = data.draw(shapes())
+    written = data.draw(tensor_cuts(shape))
+    ranges = [data.draw(zero_ranges(math.prod(cut.part_shape))) for cut in written]
+    shards = cut_shards(written, ranges, shape)
+    lost = shards.pop(data.draw(st.integers(0, len(shards) - 1)))
+    reader = write_cut(tmp_path_factory.mktemp("lost"), shards, shape)
+    with pytest.raises(CheckpointError, match=r"of qkv\.weight"):
+        reader.full(MASTER, "qkv.weight")
+    with pytest.raises(CheckpointError, match=r"of qkv\.weight"):
+        reader.read("exp_avg", "qkv.weight", cut=lost.cut)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_cut_reader_of_a_tensor_that_was_written_whole(tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    shape = data.draw(shapes())
+    whole = values(shape)
+    flat = whole.reshape(-1)
+    ranges = data.draw(zero_ranges(len(flat)))
+    shards = [Shard("qkv.weight", start, {MASTER: flat[start:stop]}) for start, stop in ranges]
+    reader = write_cut(tmp_path_factory.mktemp("whole"), shards, shape)
+    for cut in data.draw(tensor_cuts(shape)):
+        assert torch.equal(reader.read(MASTER, "qkv.weight", cut=cut), cut.take(whole).reshape(-1))
 
 
 def test_without_a_manifest_it_does_not_exist(tmp_path: Path) -> None:

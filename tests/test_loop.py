@@ -357,14 +357,14 @@ def test_hold_skips_the_step_and_goes_on() -> None:
 
 def test_back_off_returns_to_the_checkpoint_and_goes_on_with_the_next_batch() -> None:
     engine = FakeEngine(skipped=(6,), exhausted=(7,), loss_scale=1.0)
-    run = run_loop(engine, Calendar(10, 0, 3), policy="back_off")
-    # Steps 4 and 5 were applied and are taken back; batches 4 to 7 are not seen again.
+    run = run_loop(engine, Calendar(10, 0, 4), policy="back_off")
+    # Step 5 was applied and is taken back; batches 5 to 7 are not seen again.
     assert [call["step"] for call in engine.calls] == list(range(1, 11))
-    assert engine.weight == 1 + 2 + 3 + 8 + 9 + 10
-    assert run.state == TrainState(10, 6, undone=2, back_offs=1)
+    assert engine.weight == 1 + 2 + 3 + 4 + 8 + 9 + 10
+    assert run.state == TrainState(10, 7, undone=1, back_offs=1)
     assert run.state is not None
     assert run.state.skipped == 2
-    assert [call["lr"] for call in engine.calls[6:]] == [1 / 6, 1 / 4, 1 / 5, 1 / 6]
+    assert [call["lr"] for call in engine.calls[6:]] == [1 / 6, 1 / 5, 1 / 6, 1 / 7]
     metrics = run.metrics()
     assert [metrics[step]["precision/skipped_steps"] for step in range(5, 9)] == [0, 1, 2, 2]
     assert [metrics[step].get("precision/back_offs") for step in range(5, 9)] == [None, None, 1, 1]
@@ -385,7 +385,7 @@ def test_an_applied_step_ends_the_row() -> None:
     engine = FakeEngine(exhausted=(4, 6, 8, 10, 12), loss_scale=1.0)
     run = run_loop(engine, Calendar(12, 0, 3), policy="back_off")
     assert run.failure == ""
-    assert run.state == TrainState(12, 5, undone=2, back_offs=5, back_offs_in_row=1)
+    assert run.state == TrainState(12, 4, undone=3, back_offs=5, back_offs_in_row=1)
 
 
 def test_back_off_without_a_checkpoint_stops() -> None:

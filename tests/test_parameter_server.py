@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from temper.checkpoint import CheckpointReader, checkpoint_folder, model_state, write_manifest, write_shards
 from temper.checkpoint import Shard as Range
-from temper.config.schema import OptimizerConfig
+from temper.config.schema import OptimizerConfig, PrecisionConfig
 from temper.engine.parameter_server import (
     DownpourWorker,
     MiniBatch,
@@ -100,10 +100,10 @@ def build_worker(
     n_fetch: int = 1,
     n_push: int = 1,
     clip_norm: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: Literal["fp32", "bf16"] = "fp32",
     log: list[str] | None = None,
 ) -> DownpourWorker:
-    replica = Replica(build_model(), cross_entropy, dtype, CPU)
+    replica = Replica(build_model(), cross_entropy, PrecisionConfig(dtype=dtype), CPU)
     clients = [LocalShard(shard, log) for shard in shards]
     return DownpourWorker(name, replica, clients, n_fetch=n_fetch, n_push=n_push, clip_norm=clip_norm)
 
@@ -308,7 +308,7 @@ def test_parameters_travel_while_a_batch_is_prepared_and_gradients_while_one_is_
             answers.append(asyncio.get_running_loop().create_future())
             return answers[-1]
 
-    replica = Replica(build_model(), cross_entropy, torch.float32, CPU)
+    replica = Replica(build_model(), cross_entropy, PrecisionConfig(), CPU)
     worker = DownpourWorker("worker", replica, [SlowShard(shard, log)], n_fetch=1, n_push=1, clip_norm=None)
 
     def prepare(number: int) -> MiniBatch:
@@ -332,7 +332,7 @@ def test_parameters_travel_while_a_batch_is_prepared_and_gradients_while_one_is_
 
 def test_bf16_computes_with_rounded_weights_and_keeps_fp32_parameters() -> None:
     shards = build_shards(2)
-    worker = build_worker(shards, dtype=torch.bfloat16)
+    worker = build_worker(shards, dtype="bf16")
     push = asyncio.run(worker.train(0, lambda: mini_batch(0)))
     assert push is not None
     state = worker.replica.module.state_dict()
@@ -426,18 +426,19 @@ def all_tickets(first: int, last: int, parts: int) -> Counter[Ticket]:
 
 @pytest.mark.parametrize("n_push", [1, 3])
 @pytest.mark.parametrize("bound", [0, 1, 4, None])
-@pytest.mark.parametrize("seed", range(10))
-def test_no_lead_exceeds_the_bound_and_no_ticket_is_lost_or_doubled(seed: int, bound: int | None, n_push: int) -> None:
-    ledger = Ledger(3, 5, n_push=n_push, max_staleness=bound)
-    play = Play(seed, ledger, n_push=n_push, bound=bound)
-    for worker in range(3):
-        play.join(worker)
-    for gate in (20, 40):
-        play.open(gate)
-        play.run(deaths=3)
-    assert play.pushed == all_tickets(5, 40, 3)
-    if bound is None and n_push == 1:
-        assert play.largest_lead > 4, "without a bound somebody runs away, or this proves nothing"
+def test_no_lead_exceeds_the_bound_and_no_ticket_is_lost_or_doubled(bound: int | None, n_push: int) -> None:
+    leads = []
+    for seed in range(20):
+        play = Play(seed, Ledger(3, 5, n_push=n_push, max_staleness=bound), n_push=n_push, bound=bound)
+        for worker in range(3):
+            play.join(worker)
+        for gate in (20, 40):
+            play.open(gate)
+            play.run(deaths=3)
+        assert play.pushed == all_tickets(5, 40, 3)
+        leads.append(play.largest_lead)
+    # The bound is reached, and without one somebody runs away: else this proves nothing.
+    assert max(leads) == bound if bound is not None else max(leads) > 4
 
 
 def test_tickets_come_in_the_order_of_the_stream_and_a_dead_workers_first() -> None:
@@ -451,6 +452,21 @@ def test_tickets_come_in_the_order_of_the_stream_and_a_dead_workers_first() -> N
     ledger.leave(0)
     assert ledger.take(0) is None
     assert [ledger.take(1) for _ in range(3)] == [(Ticket(0, 0), 1), (Ticket(0, 1), 2), (Ticket(1, 1), 3)]
+
+
+def test_the_last_ticket_comes_back_too() -> None:
+    ledger = Ledger(1, 0)
+    ledger.join(0)
+    ledger.open(1)
+    assert ledger.take(0) == (Ticket(0, 0), 0)
+    assert ledger.exhausted
+    ledger.leave(0)
+    assert not ledger.exhausted
+    assert not ledger.drained
+    ledger.join(1)
+    assert ledger.take(1) == (Ticket(0, 0), 0)
+    ledger.pushed(1, [Ticket(0, 0)])
+    assert ledger.drained
 
 
 def test_a_worker_that_joins_starts_at_the_clock_of_the_slowest() -> None:
@@ -469,8 +485,7 @@ def test_a_worker_that_joins_starts_at_the_clock_of_the_slowest() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_one_worker_trains_alone_at_first(seed: int) -> None:
-    ledger = Ledger(3, 0, max_staleness=1)
-    play = Play(seed, ledger, bound=1)
+    play = Play(seed, Ledger(3, 0, max_staleness=1), bound=1)
     for worker in range(3):
         play.join(worker)
     play.open(10, alone=True)

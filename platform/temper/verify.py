@@ -23,6 +23,7 @@ from temper import checkpoint
 from temper.checkpoint import MASTER, CheckpointReader, Shard
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel.cut import cut_of
+from temper.parallel.image_block import ImageBlock
 
 GRADIENT = "gradient"
 
@@ -118,8 +119,10 @@ class _Tracer:
 
     def _listener(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                values = output.detach().double()
+            # A part of an image counts as a part: over the tensor ranks the sums are those of the whole.
+            part = output.block if isinstance(output, ImageBlock) else output
+            if isinstance(part, Tensor) and part.is_floating_point():
+                values = part.detach().double()
                 found = [float(values.sum()), float(values.square().sum()), float(values.numel())]
                 before = self.outputs.get(name, [0.0, 0.0, 0.0])
                 self.outputs[name] = [old + new for old, new in zip(before, found, strict=True)]

@@ -26,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
-from temper.config.schema import OptimizerConfig
+from temper.config.schema import OptimizerConfig, PrecisionConfig
 from temper.engine.base import LossFunction
 from temper.engine.masters import Fragment, set_optimizer_step
 from temper.optim import build_optimizer
 from temper.parallel.batch_norm import apply_global_batch_norm
 from temper.parallel.cut import even_range
 from temper.parallel.groups import Group
+from temper.precision.accumulation import arithmetic
+from temper.precision.device import apply_product_precision
 
 Result = TypeVar("Result")
 Values = npt.NDArray[np.float32]
@@ -188,15 +190,17 @@ class Replica:
     In bf16 the model computes with a rounded copy of `values`, which stay fp32.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, loss: LossFunction, precision: PrecisionConfig, device: torch.device) -> None:
         slots = plan_slots(model)
         self.values = flatten(model, slots).to(device)
-        if dtype != torch.float32:
+        self._loss, self._dtype, self.device = loss, DTYPES[precision.dtype], device
+        apply_product_precision(precision.dtype, device)
+        self._arithmetic = arithmetic(self._dtype, device, precision.fp32_accumulation)
+        if precision.is_low:
             # Its running statistics stay fp32.
             apply_global_batch_norm(model, Group())
-        self.module = model.to(device, dtype)
-        self._loss, self._dtype, self.device = loss, dtype, device
-        self._weights = self.values.to(dtype)
+        self.module = model.to(device, self._dtype)
+        self._weights = self.values.to(self._dtype)
         self._gradient = torch.zeros_like(self._weights)
         parameters = dict(self.module.named_parameters())
         for slot in slots:
@@ -217,15 +221,19 @@ class Replica:
         self.refresh()
 
     def compute(self, batch: MiniBatch) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss's terms, each the mean over the mini-batch, and the gradient of their sum, flat, in fp32."""
+        """The loss's terms, each the mean over the mini-batch, and the gradient of their sum, flat, in fp32.
+
+        The gradient's memory is used again for the next mini-batch.
+        """
         torch.default_generator.manual_seed(batch.seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(batch.seed)
         if not self.module.training:
             self.module.train()
         self._gradient.zero_()
-        terms = self._loss(self.module(self._prepared(batch.inputs)), batch.targets.to(self.device))
-        torch.stack(list(terms.values())).sum().backward()
+        with self._arithmetic():
+            terms = self._loss(self.module(self._prepared(batch.inputs)), batch.targets.to(self.device))
+            torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}, self._gradient.float()
 
     def predict(self, inputs: Tensor) -> Any:
@@ -250,7 +258,7 @@ class Replica:
 
 class ShardClient(Protocol):
     """A worker's way to one shard. Calls are begun when they are made, not when they are awaited, and those of one
-    worker reach the shard in their order."""
+    worker reach the shard in their order. What they are given is no longer read when they return."""
 
     def fetch(self) -> Awaitable[tuple[Values, int]]: ...
 
@@ -296,7 +304,7 @@ class DownpourWorker:
         self.name, self.replica = name, replica
         self._shards, self._n_fetch, self._n_push, self._clip_norm = shards, n_fetch, n_push, clip_norm
         self._ranges = plan_ranges(plan_slots(replica.module), len(shards))
-        self._accrued = torch.zeros_like(replica.values)
+        self._accrued = torch.empty(0)
         self._outcomes: list[Outcome] = []  # of what is accrued
         self._clock = 0
         self._age: int | None = None  # mini-batches since the last fetch
@@ -361,10 +369,12 @@ class DownpourWorker:
         return Outcome(ticket, {name: float(value) for name, value in terms.items()}, float(norm)), gradient
 
     def _accrue(self, outcome: Outcome, gradient: Tensor) -> None:
-        if not self._outcomes:
+        if self._outcomes:
+            self._accrued += gradient
+        else:
+            self._accrued = gradient if self._n_push == 1 else gradient.clone()
             # A push is as stale as the oldest gradient in it.
             self._base = self._versions
-        self._accrued += gradient
         self._outcomes.append(outcome)
         self._age = (self._age or 0) + 1
 
@@ -375,7 +385,6 @@ class DownpourWorker:
             shard.push(self.name, self._clock, accrued[start:stop], version, lr)
             for shard, (start, stop), version in zip(self._shards, self._ranges, self._base, strict=True)
         ]
-        self._accrued = torch.zeros_like(self._accrued)
         self._outcomes = []
         return _arrived(outcomes, pushing)
 

@@ -253,7 +253,11 @@ class ParameterServerTrainer:
         self._records.pushed(number, push)
 
     def _replace(self, number: int, error: RayError) -> None:
-        """Raises RunError where the worker did not die but its code failed."""
+        """Puts a new worker in the place of one that is lost.
+
+        Its mini-batches are done again. Where it died between a push and the word of it, those of that push are in the
+        parameters twice. Raises RunError where the worker did not die but its code failed.
+        """
         self._tracking.after_exception(None, {number: error})
         ray.kill(self._workers.pop(number).actor)
         self._ledger.leave(number)

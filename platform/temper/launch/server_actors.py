@@ -125,7 +125,7 @@ class WorkerActor:
         """Loads the data and builds the model, with the buffers of the newest checkpoint."""
         from temper.data.sources import load_splits
         from temper.engine.deepspeed_setup import device_of
-        from temper.engine.parameter_server import DTYPES, DownpourWorker, Replica
+        from temper.engine.parameter_server import DownpourWorker, Replica
         from temper.losses import build_loss
         from temper.schedules import build_schedule
 
@@ -134,8 +134,7 @@ class WorkerActor:
         _enter_process(self._spec, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
         self._loss = build_loss(job.loss)
         self._splits = load_splits(job.data, Path(job.storage), plan.data)
-        dtype, device = DTYPES[job.precision.dtype], device_of(plan.mesh.device)
-        replica = Replica(_build_model(self._spec), self._loss, dtype, device)
+        replica = Replica(_build_model(self._spec), self._loss, job.precision, device_of(plan.mesh.device))
         reader, _ = newest_checkpoint(self._spec)
         if reader is not None:
             replica.load(reader)
