@@ -86,6 +86,7 @@ def test_it_trains(path: Path, tmp_path: Path) -> None:
         "budget.evaluate_every=0",
         "budget.checkpoint_every=0",
         "optimizer.schedule.warmup_steps=0",
+        "parallel.warm_start_steps=0",
         f"parallel.cpus_per_worker={min(0.5, (os.cpu_count() or 1) / job.parallel.workers)}",
         f"storage={tmp_path / 'runs'}",
     ]

@@ -314,10 +314,9 @@ def test_a_growing_scale_does_not_shrink_a_step(found: dict[str, Any], zero: int
     """DeepSpeed alone divides the gradients of the step in which the scale doubles by the new scale, half of them."""
     growing, fixed = found["growth"][f"growing-{zero}"], found["growth"][f"fixed-{zero}"]
     assert growing["scales"] == [256, 256, 256, 512, 512, 1024, 1024, 2048, 2048, 4096]
-    assert growing["norms"] == pytest.approx(fixed["norms"], rel=0.02)
-    start = torch.cat([param.detach().flatten() for param in build_net().parameters()])
-    path = (fixed["weights"] - start).norm()
-    assert (growing["weights"] - fixed["weights"]).norm() < 0.02 * path
+    assert growing["norms"] == pytest.approx(fixed["norms"], rel=1e-5)
+    # Powers of two round nothing.
+    assert torch.equal(growing["weights"], fixed["weights"])
 
 
 # ------------------------------------------------------------------------------------------------------------- switches

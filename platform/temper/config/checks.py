@@ -213,7 +213,6 @@ _NOT_ON_A_SERVER: tuple[tuple[str, Any, str], ...] = (
     ("parallel.tensor", 1, "joins ranks in step, and workers of a parameter server run on their own"),
     ("parallel.micro_batch", None, "cuts a step into parts, and a worker's mini-batch is one"),
     ("precision.master_weights", True, "rounds the weights of a synchronous optimizer"),
-    ("precision.fp32_accumulation", True, "acts on synchronous training"),
 )
 
 
