@@ -1,4 +1,4 @@
-"""What loss scaling is good for: a network that needs it, and one that does not (Micikevicius et al. 2018, section 3.2).
+"""What loss scaling (Micikevicius et al. 2018, section 3.2) gives a network that needs it, and one that does not.
 
     python benchmarks/loss_scaling.py [--data auto|speech|synthetic] [--steps 150] [--plot docs/loss_scaling.svg]
 
@@ -103,7 +103,7 @@ def _spoken_digits(path: Path) -> list[list[Tensor]]:
 
 
 def _glides() -> list[list[Tensor]]:
-    """Six voices, each with sixty sounds of 0.4 s: harmonics of a gliding pitch under a formant, swelling and fading."""
+    """Six voices, each with sixty sounds of 0.4 s: harmonics of a gliding pitch under a formant that swell and fade."""
     generator = torch.Generator().manual_seed(0)
     time = torch.arange(3200) / 8000
 
@@ -268,18 +268,8 @@ def train_digits(precision: dict[str, Any], steps: int, groups: MeshGroups, shar
     engine, config = build_engine(build_model(config.model, facts, 0), loss, job, 64, groups)
 
     def batches(first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = plan_batch(64, 1)
-        for batch, _ in train_batches(
-            config.data,
-            splits["train"],
-            facts,
-            seed=0,
-            batch=plan,
-            rank=0,
-            world_size=1,
-            first_step=first,
-            last_step=last,
-        ):
+        part: dict[str, Any] = {"seed": 0, "batch": plan_batch(64, 1), "rank": 0, "world_size": 1}
+        for batch, _ in train_batches(config.data, splits["train"], facts, first_step=first, last_step=last, **part):
             yield batch.inputs, batch.targets
 
     losses = [

@@ -166,6 +166,29 @@ def test_a_broken_model_fails_at_once_with_its_own_error(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_those_that_are_left_go_on_where_nobody_is_replaced(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    # In bf16, and less often than every mini-batch: what is accrued when a worker dies or a gate comes is not lost.
+    parallel = {**SERVER, "n_fetch": 2, "n_push": 3, "max_restarts": 0}
+    path = write_job(tmp_path, parallel=parallel, precision={"dtype": "bf16"})
+    process = start(path)
+    wait_for_step(process, tmp_path, 15)
+    kill_one(process, "WorkerActor", chance)
+    wait_for_step(process, tmp_path, 45)
+    (last,) = processes_of(process, "WorkerActor")
+    os.kill(last.pid, signal.SIGKILL)
+    code, result, err = finish(process)
+    assert code == 1
+    assert result["status"] == "failed"
+    assert "ActorDiedError" in err
+    assert "Traceback" not in err
+    assert mlflow_runs(tmp_path)[0].info.status == "FAILED"
+    code, result, err = finish(start(path))
+    assert code == 0, err
+    check_whole(tmp_path, result)
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_saves_and_goes_on_past_a_damaged_checkpoint(tmp_path: Path) -> None:
     path = write_job(tmp_path)
     process = start(path)

@@ -29,36 +29,6 @@ CLOSE_TIMEOUT_S = 15.0
 DEPTH = 2
 """Mini-batches that a worker is asked for at a time: one at work and one that waits, so that it is never idle."""
 
-Call = Literal["prepare", "train", "flush", "evaluate"]
-
-
-def plan_gates(first: int, last: int, *, evaluate_every: int, checkpoint_every: int, warm_start: int) -> list[int]:
-    """The steps after `first` at which all workers meet; `every: 0` means at the end only."""
-    due = {step for every in (evaluate_every, checkpoint_every) if every for step in range(every, last, every)}
-    return sorted(step for step in {*due, warm_start, last} if first < step <= last)
-
-
-def _is_due(step: int, last: int, every: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
-
-
-@dataclass
-class _Worker:
-    """A worker's process, what it was asked for and has not answered, and the pushes that it has made."""
-
-    actor: Any
-    calls: dict[Any, Call] = field(default_factory=dict)
-    pushes: int = 0
-
-
-@dataclass
-class _Gate:
-    """A gate that was reached and is not yet behind: its evaluation is under way. `state`: of the checkpoint that the
-    shards have saved there and that is completed with the gate's record; None where none is due."""
-
-    step: int
-    state: dict[str, Any] | None
-
 
 def build_trainer(spec: WorkerSpec) -> ParameterServerTrainer:
     """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
@@ -66,17 +36,10 @@ def build_trainer(spec: WorkerSpec) -> ParameterServerTrainer:
 
 
 class ParameterServerTrainer:
-    """Supervises the run of one phase."""
+    """Starts and ends the processes of one phase."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._spec, self._job, self._last_step = spec, spec.plan.job, spec.phase.steps
-        self._stage = stage_writer(spec.run_folder)
-        self._shards: list[Any] = []
-        self._workers: dict[int, _Worker] = {}
-        self._num_restarts = 0
-        self._gate: _Gate | None = None
-        self._step_s = 0.0
-        self._segment: list[Record] = []  # since the last checkpoint
+        self._spec = spec
 
     def fit(self) -> None:
         """Trains from the newest checkpoint, or from the start, until the phase is complete or a stop was asked for.
@@ -85,8 +48,8 @@ class ParameterServerTrainer:
             RunError: a worker's code failed, or no worker is left; failures.jsonl says more.
         """
         with ExitStack() as stack:
-            ready = self._start_actors()
-            stack.callback(self._kill_actors)
+            crew = Crew(self._spec)
+            stack.callback(crew.kill)
             # Only now: it imports Ray Train, and the actors are on their way.
             from temper.tracking.callback import TrackingCallback, TrackingTarget
 
@@ -94,37 +57,230 @@ class ParameterServerTrainer:
                 run_record=str(self._spec.run_folder / RUN),
                 history_path=str(self._spec.phase_folder / HISTORY),
                 failures_path=str(self._spec.run_folder / FAILURES),
-                system_metrics=self._job.tracking.system_metrics,
+                system_metrics=self._spec.plan.job.tracking.system_metrics,
             )
-            self._tracking = TrackingCallback(target)
-            stack.callback(self._tracking.close, CLOSE_TIMEOUT_S)
-            found, *_ = [self._of_shard(answer) for answer in ready]
-            self._resume(found)
-            self._train()
-            if self._last_step == found["step"]:
-                self._finish(found["folder"], found["records"][-1])
+            tracking = TrackingCallback(target)
+            stack.callback(tracking.close, CLOSE_TIMEOUT_S)
+            Supervisor(self._spec, crew, tracking).run()
 
-    # ------------------------------------------------------------------------------------------------- start and end
 
-    def _start_actors(self) -> list[Any]:
-        parallel = self._job.parallel
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+Call = Literal["prepare", "train", "flush", "refresh", "evaluate"]
+
+
+@dataclass
+class WorkerHandle:
+    """A worker's process, what it was asked for and has not answered, and the pushes that it has made."""
+
+    actor: Any
+    calls: dict[Any, Call] = field(default_factory=dict)
+    num_calls: int = 0
+    pushes: int = 0
+
+    def ask(self, call: Call, *arguments: Any) -> None:
+        """The answer is one of those that :meth:`Crew.next_answer` waits for."""
+        self.calls[self.begin(call, *arguments)] = call
+
+    def begin(self, call: Call, *arguments: Any, num_returns: int = 1) -> Any:
+        turn, self.num_calls = self.num_calls, self.num_calls + 1
+        return getattr(self.actor, call).options(num_returns=num_returns).remote(turn, *arguments)
+
+
+class Crew:
+    """The actors of a run, started when it is built. Workers are known by numbers, which their successors keep."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        parallel = spec.plan.job.parallel
         shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardActor)
-        self._shards = [shard.remote(self._spec, index) for index in range(parallel.shards)]
-        ready = [actor.ready.remote() for actor in self._shards]
+        self.shards = [shard.remote(spec, index) for index in range(parallel.shards)]
+        self.ready = [actor.ready.remote() for actor in self.shards]
+        self.workers: dict[int, WorkerHandle] = {}
         for number in range(parallel.workers):
-            self._add_worker(number)
-        return ready
+            self.add(number)
 
-    def _add_worker(self, number: int) -> None:
+    def add(self, number: int) -> None:
         on_gpu = self._spec.plan.mesh.device == "cuda"
-        options = {"num_cpus": self._job.parallel.cpus_per_worker, "num_gpus": 1 if on_gpu else 0}
-        worker = _Worker(ray.remote(**options)(WorkerActor).remote(self._spec, number, self._shards))
-        self._workers[number] = worker
-        worker.calls[worker.actor.prepare.remote()] = "prepare"
+        worker = ray.remote(num_cpus=self._spec.plan.job.parallel.cpus_per_worker, num_gpus=int(on_gpu))(WorkerActor)
+        self.workers[number] = WorkerHandle(worker.remote(self._spec, number, self.shards))
+        self.workers[number].ask("prepare")
 
-    def _kill_actors(self) -> None:
-        for actor in (*self._shards, *(worker.actor for worker in self._workers.values())):
+    def remove(self, number: int) -> None:
+        ray.kill(self.workers.pop(number).actor)
+
+    def next_answer(self) -> tuple[int, Call, Any] | None:
+        """A worker, what it was asked for and the reference to its answer; None where none comes soon.
+
+        Raises RunError where none can come.
+        """
+        asked = {call: number for number, worker in self.workers.items() for call in worker.calls}
+        if not asked:
+            raise RunError("every worker was lost")
+        answered, _ = ray.wait(list(asked), timeout=POLL_S)
+        for answer in answered:
+            number = asked[answer]
+            return number, self.workers[number].calls.pop(answer), answer
+        return None
+
+    def kill(self) -> None:
+        for actor in (*self.shards, *(worker.actor for worker in self.workers.values())):
             ray.kill(actor)
+
+
+# -------------------------------------------------------------------------------------------------------- supervision
+
+
+def plan_gates(first: int, last: int, *, evaluate_every: int, checkpoint_every: int, warm_start: int) -> list[int]:
+    """The steps after `first` at which all workers meet; `every: 0` means at the end only."""
+    due = {step for every in (evaluate_every, checkpoint_every) if every for step in range(every, last, every)}
+    return sorted(step for step in {*due, warm_start, last} if first < step <= last)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate that was reached and is not yet behind: its evaluation is under way. `state`: of the checkpoint that the
+    shards have saved there and that is completed with the gate's record; None where none is due."""
+
+    step: int
+    state: dict[str, Any] | None
+
+
+class Supervisor:
+    """One run of a phase, from its newest checkpoint on. `tracking` is a :class:`TrackingCallback`."""
+
+    def __init__(self, spec: WorkerSpec, crew: Crew, tracking: Any) -> None:
+        self._spec, self._crew, self._tracking = spec, crew, tracking
+        self._job, self._last_step = spec.plan.job, spec.phase.steps
+        self._stage = stage_writer(spec.run_folder)
+        self._found, *_ = [self._of_shard(answer) for answer in crew.ready]
+        parallel, step, server = self._job.parallel, self._found["step"], self._found["server"]
+        factor = build_schedule(self._job.optimizer.schedule, self._last_step)
+        self._ledger = Ledger(parallel.workers, step, n_push=parallel.n_push, max_staleness=parallel.max_staleness)
+        self._records = StepRecords(
+            parallel.workers,
+            step,
+            global_batch=spec.plan.batch.global_batch,
+            record_every=self._job.tracking.record_every,
+            lr_at=lambda number: self._job.optimizer.lr * factor(number),
+            staleness={int(number): count for number, count in server.get("staleness", {}).items()},
+            pushes={int(worker): count for worker, count in server.get("pushes", {}).items()},
+        )
+        self._reached = self._target = step
+        self._seconds: float = self._found["seconds"]
+        self._gate: Gate | None = None
+        self._num_restarts = 0
+        self._segment: list[Record] = []  # since the last checkpoint
+        self._reported_at, self._step_s = time.perf_counter(), 0.0
+        self._looked_at, self._stop = 0.0, False
+
+    def run(self) -> None:
+        """Trains until the phase is complete, or until a stop is asked for and the state is saved."""
+        if self._found["refused"]:
+            self._stage(f"refused {self._found['refused']}")
+        self._stage("taking the first step" if self._reached == 0 else f"training from step {self._reached}")
+        self._report(self._found["records"])
+        if self._reached == self._last_step:
+            # Broken between the last checkpoint and the word that the phase is complete.
+            self._finish(self._found["folder"], self._found["records"][-1])
+        budget, warm_start = self._job.budget, self._job.parallel.warm_start_steps
+        gates = plan_gates(
+            self._reached,
+            self._last_step,
+            evaluate_every=budget.evaluate_every,
+            checkpoint_every=budget.checkpoint_every,
+            warm_start=warm_start,
+        )
+        for gate in gates:
+            before = self._reached
+            self._run_to(gate, alone=gate <= warm_start)
+            stopped = self._stop_requested()
+            if self._reached > before:
+                self._pass_gate(stopped)
+            if stopped:
+                break
+        while self._gate is not None:
+            self._advance()
+
+    def _run_to(self, gate: int, *, alone: bool) -> None:
+        """Until all mini-batches before `gate` are done, and the gate before it is behind; or until a stop is asked
+        for, and the step then under way is done."""
+        self._target = gate
+        self._ledger.open(gate, alone=alone)
+        began = self._reported_at = time.perf_counter()
+        while not self._ledger.drained or self._gate is not None:
+            self._advance()
+            if self._target == gate and self._stop_requested():
+                self._target = self._ledger.close()
+        self._report_steps()
+        self._reached = self._target
+        self._seconds += time.perf_counter() - began
+
+    def _stop_requested(self) -> bool:
+        if time.perf_counter() - self._looked_at > POLL_S:
+            self._stop, self._looked_at = (self._spec.run_folder / STOP).exists(), time.perf_counter()
+        return self._stop
+
+    def _advance(self) -> None:
+        """Deals out what may be begun, and takes one answer, if one comes soon."""
+        self._deal()
+        answered = self._crew.next_answer()
+        if answered is not None:
+            self._take_answer(*answered)
+        if time.perf_counter() - self._reported_at > REPORT_INTERVAL_S:
+            self._report_steps()
+
+    def _deal(self) -> None:
+        workers = self._crew.workers
+        for number, worker in workers.items():
+            while len(worker.calls) < DEPTH and (taken := self._ledger.take(number)) is not None:
+                ticket, lead = taken
+                self._records.begun(ticket, lead)
+                worker.ask("train", ticket)
+            if not worker.calls and self._ledger.exhausted and self._ledger.holds(number):
+                worker.ask("flush", self._target - 1)
+        evaluating = any("evaluate" in worker.calls.values() for worker in workers.values())
+        if self._gate is not None and not evaluating and self._ledger.workers:
+            # The worker that evaluated was lost: another does it, with the parameters as they are by now.
+            number = self._most_trained()
+            workers[number].begin("refresh")
+            workers[number].ask("evaluate", self._gate.step == self._last_step)
+
+    def _take_answer(self, number: int, call: Call, reference: Any) -> None:
+        try:
+            answer = ray.get(reference)
+        except RayError as error:
+            self._replace(number, error)
+            return
+        if call == "prepare":
+            self._ledger.join(number)
+        elif call == "evaluate":
+            self._ledger.join(number)
+            self._leave_gate(answer)
+        elif answer is not None:
+            self._take_push(number, answer)
+
+    def _take_push(self, number: int, push: Pushed) -> None:
+        self._crew.workers[number].pushes += 1
+        self._ledger.pushed(number, push.mini_batches)
+        self._records.pushed(number, push)
+
+    def _replace(self, number: int, error: RayError) -> None:
+        """Puts a new worker in the place of one that is lost.
+
+        Its mini-batches are done again. Where it died between a push and the word of it, those of that push are in the
+        parameters twice. Raises RunError where the worker did not die but its code failed.
+        """
+        self._tracking.after_exception(None, {number: error})
+        self._crew.remove(number)
+        self._ledger.leave(number)
+        if self._num_restarts < self._job.parallel.max_restarts:
+            self._num_restarts += 1
+            self._crew.add(number)
+            self._stage(f"worker {number} was lost and is replaced")
+        else:
+            self._stage(f"worker {number} was lost; {len(self._crew.workers)} go on")
 
     def _of_shard(self, answer: Any) -> Any:
         """What a shard answers; where it dies, this waits until it is back and has answered."""
@@ -134,25 +290,71 @@ class ParameterServerTrainer:
             self._tracking.after_exception(None, {0: error})
             raise
 
-    def _resume(self, found: dict[str, Any]) -> None:
-        parallel, step, server = self._job.parallel, found["step"], found["server"]
-        if found["refused"]:
-            self._stage(f"refused {found['refused']}")
-        self._stage("taking the first step" if step == 0 else f"training from step {step}")
-        self._reached = self._saved = step
-        self._seconds = found["seconds"]
-        factor = build_schedule(self._job.optimizer.schedule, self._last_step)
-        self._ledger = Ledger(parallel.workers, step, n_push=parallel.n_push, max_staleness=parallel.max_staleness)
-        self._records = StepRecords(
-            parallel.workers,
-            step,
-            global_batch=self._spec.plan.batch.global_batch,
-            record_every=self._job.tracking.record_every,
-            lr_at=lambda number: self._job.optimizer.lr * factor(number),
-            staleness={int(number): count for number, count in server.get("staleness", {}).items()},
-            pushes={int(worker): count for worker, count in server.get("pushes", {}).items()},
-        )
-        self._report(found["records"])
+    # ---------------------------------------------------------------------------------------------------------- gates
+
+    def _pass_gate(self, stopped: bool) -> None:
+        """Saves and begins to evaluate, where that is due at the step reached."""
+        evaluates = self._is_due(self._job.budget.evaluate_every)
+        saves = stopped or self._is_due(self._job.budget.checkpoint_every)
+        if not evaluates and not saves:
+            return
+        number, stored = self._refresh_one()
+        self._gate = Gate(self._reached, self._save(stored) if saves else None)
+        if evaluates:
+            self._ledger.leave(number)
+            self._crew.workers[number].ask("evaluate", self._reached == self._last_step)
+        else:
+            self._leave_gate({})
+
+    def _is_due(self, every: int) -> bool:
+        return self._reached == self._last_step or (every > 0 and self._reached % every == 0)
+
+    def _refresh_one(self) -> tuple[int, Any]:
+        """A worker whose model has the parameters as they are, and a reference to what else a checkpoint stores."""
+        while True:
+            while not self._ledger.workers:
+                self._advance()
+            number = self._most_trained()
+            done, stored = self._crew.workers[number].begin("refresh", num_returns=2)
+            try:
+                ray.get(done)
+            except RayError as error:
+                self._replace(number, error)
+            else:
+                return number, stored
+
+    def _most_trained(self) -> int:
+        """The worker whose batch-norm statistics are stored and evaluated: they are averages over its mini-batches."""
+        return max(self._ledger.workers, key=lambda number: self._crew.workers[number].pushes)
+
+    def _save(self, stored: Any) -> dict[str, Any]:
+        """Has all shards write their parts, and returns the state that completes the checkpoint."""
+        step, actors = self._reached, self._crew.shards
+        answers = [actor.save.remote(step, None if index else stored) for index, actor in enumerate(actors)]
+        shards = [self._of_shard(answer) for answer in answers]
+        counts = {"staleness": dict(self._records.staleness), "pushes": dict(self._records.pushes)}
+        return {
+            "step": step,
+            "applied": step,
+            "seconds": self._seconds,
+            "engine": {"optimizer_step": shards[0]["version"], "loss_scaler": {}},
+            "server": {"shards": shards, **counts},
+        }
+
+    def _leave_gate(self, metrics: dict[str, float]) -> None:
+        """Completes the gate's checkpoint and record, in this order: the history has no record of a gate that a broken
+        run would come to again."""
+        gate, self._gate = self._gate, None
+        assert gate is not None
+        is_last = gate.step == self._last_step
+        records = self._records.take(gate.step, self._step_s, metrics | (self._records.summary() if is_last else {}))
+        self._segment += records
+        if gate.state is not None:
+            folder = self._of_shard(self._crew.shards[0].complete.remote(gate.state, self._segment))
+            self._segment = []
+        self._report(records)
+        if is_last:
+            self._finish(folder, records[-1])
 
     def _finish(self, folder: str, last: Record) -> None:
         """Declares the phase complete."""
@@ -166,178 +368,6 @@ class ParameterServerTrainer:
             "metrics": last["metrics"],
         }
         write_json(self._spec.phase_folder / PHASE_MANIFEST, manifest)
-
-    # ----------------------------------------------------------------------------------------------- from gate to gate
-
-    def _train(self) -> None:
-        budget, warm_start = self._job.budget, self._job.parallel.warm_start_steps
-        gates = plan_gates(
-            self._reached,
-            self._last_step,
-            evaluate_every=budget.evaluate_every,
-            checkpoint_every=budget.checkpoint_every,
-            warm_start=warm_start,
-        )
-        for gate in gates:
-            self._run_to(gate, alone=gate <= warm_start)
-            stopped = self._reached < gate or self._stop_requested()
-            self._pass_gate(stopped)
-            if stopped:
-                break
-        while self._gate is not None:
-            self._turn()
-
-    def _run_to(self, gate: int, *, alone: bool) -> None:
-        """Until all mini-batches before `gate` are done, and the gate before it is behind; or until a stop is asked
-        for, and the step then under way is done."""
-        self._target = gate
-        self._ledger.open(gate, alone=alone)
-        began = self._reported_at = time.perf_counter()
-        while not self._ledger.drained or self._gate is not None:
-            self._turn()
-            if self._target == gate and self._stop_requested():
-                self._target = self._ledger.close()
-        self._report_steps()
-        self._reached = self._target
-        self._seconds += time.perf_counter() - began
-
-    def _stop_requested(self) -> bool:
-        return (self._spec.run_folder / STOP).exists()
-
-    def _turn(self) -> None:
-        """Deals out what may be begun, and takes one answer, if one comes soon."""
-        self._deal()
-        calls = {call: number for number, worker in self._workers.items() for call in worker.calls}
-        if not calls:
-            raise RunError("every worker was lost")
-        answered, _ = ray.wait(list(calls), timeout=POLL_S)
-        for call in answered:
-            self._take_answer(calls[call], call)
-        if time.perf_counter() - self._reported_at > REPORT_INTERVAL_S:
-            self._report_steps()
-
-    def _deal(self) -> None:
-        for number, worker in self._workers.items():
-            while len(worker.calls) < DEPTH and (taken := self._ledger.take(number)) is not None:
-                ticket, lead = taken
-                self._records.begun(ticket, lead)
-                worker.calls[worker.actor.train.remote(ticket)] = "train"
-            if not worker.calls and self._ledger.exhausted and self._ledger.holds(number):
-                worker.calls[worker.actor.flush.remote(self._target - 1)] = "flush"
-        evaluating = any("evaluate" in worker.calls.values() for worker in self._workers.values())
-        if self._gate is not None and not evaluating and self._ledger.workers:
-            # The worker that evaluated was lost: another does it, with the parameters as they are by now.
-            number = self._most_trained()
-            self._workers[number].actor.refresh.remote()
-            self._evaluate(number)
-
-    def _take_answer(self, number: int, call: Any) -> None:
-        worker = self._workers[number]
-        asked = worker.calls.pop(call)
-        try:
-            answer = ray.get(call)
-        except RayError as error:
-            self._replace(number, error)
-            return
-        if asked == "prepare":
-            self._ledger.join(number)
-        elif asked == "evaluate":
-            self._ledger.join(number)
-            self._leave_gate(answer)
-        elif answer is not None:
-            self._take_push(number, answer)
-
-    def _take_push(self, number: int, push: Pushed) -> None:
-        self._workers[number].pushes += 1
-        self._ledger.pushed(number, push.mini_batches)
-        self._records.pushed(number, push)
-
-    def _replace(self, number: int, error: RayError) -> None:
-        """Puts a new worker in the place of one that is lost.
-
-        Its mini-batches are done again. Where it died between a push and the word of it, those of that push are in the
-        parameters twice. Raises RunError where the worker did not die but its code failed.
-        """
-        self._tracking.after_exception(None, {number: error})
-        ray.kill(self._workers.pop(number).actor)
-        self._ledger.leave(number)
-        if self._num_restarts < self._job.parallel.max_restarts:
-            self._num_restarts += 1
-            self._add_worker(number)
-            self._stage(f"worker {number} was lost and is replaced")
-        else:
-            self._stage(f"worker {number} was lost; {len(self._workers)} go on")
-
-    # ---------------------------------------------------------------------------------------------------------- gates
-
-    def _pass_gate(self, stopped: bool) -> None:
-        """Saves and begins to evaluate, where that is due at the step reached."""
-        step, budget = self._reached, self._job.budget
-        evaluates = _is_due(step, self._last_step, budget.evaluate_every)
-        saves = step > self._saved and (stopped or _is_due(step, self._last_step, budget.checkpoint_every))
-        if not evaluates and not saves:
-            return
-        number, stored = self._refresh_one()
-        self._gate = _Gate(step, self._save(step, stored) if saves else None)
-        if evaluates:
-            self._ledger.leave(number)
-            self._evaluate(number)
-        else:
-            self._leave_gate({})
-
-    def _refresh_one(self) -> tuple[int, Any]:
-        """A worker whose model has the parameters as they are, and a reference to what else a checkpoint stores."""
-        while True:
-            while not self._ledger.workers:
-                self._turn()
-            number = self._most_trained()
-            done, stored = self._workers[number].actor.refresh.options(num_returns=2).remote()
-            try:
-                ray.get(done)
-            except RayError as error:
-                self._replace(number, error)
-            else:
-                return number, stored
-
-    def _most_trained(self) -> int:
-        """The worker whose batch-norm statistics are stored and evaluated: they are averages over its mini-batches."""
-        return max(self._ledger.workers, key=lambda number: self._workers[number].pushes)
-
-    def _evaluate(self, number: int) -> None:
-        worker, last = self._workers[number], self._gate is not None and self._gate.step == self._last_step
-        worker.calls[worker.actor.evaluate.remote(last)] = "evaluate"
-
-    def _save(self, step: int, stored: Any) -> dict[str, Any]:
-        """Has all shards write their parts, and returns the state that completes the checkpoint."""
-        answers = [shard.save.remote(step, None if index else stored) for index, shard in enumerate(self._shards)]
-        shards = [self._of_shard(answer) for answer in answers]
-        self._saved = step
-        return {
-            "step": step,
-            "applied": step,
-            "seconds": self._seconds,
-            "engine": {"optimizer_step": shards[0]["version"], "loss_scaler": {}},
-            "server": {
-                "shards": shards,
-                "staleness": dict(self._records.staleness),
-                "pushes": dict(self._records.pushes),
-            },
-        }
-
-    def _leave_gate(self, metrics: dict[str, float]) -> None:
-        """Completes the gate's record and checkpoint; the checkpoint first, so that the record of a step that would be
-        done again is not in the history."""
-        gate, self._gate = self._gate, None
-        assert gate is not None
-        is_last = gate.step == self._last_step
-        records = self._records.take(gate.step, self._step_s, metrics | (self._records.summary() if is_last else {}))
-        self._segment += records
-        if gate.state is not None:
-            folder = self._of_shard(self._shards[0].complete.remote(gate.state, self._segment))
-            self._segment = []
-        self._report(records)
-        if is_last:
-            self._finish(folder, records[-1])
 
     # -------------------------------------------------------------------------------------------------------- records
 

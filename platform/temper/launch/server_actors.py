@@ -6,6 +6,7 @@ Answers that the driver reads are plain values.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 class ShardActor:
     """One shard. Ray starts it again where its process is lost, and makes the calls again that it had not answered.
 
-    It then goes on from the newest checkpoint, or from the initial parameters where there is none yet. What was pushed
-    since is lost: at most the `budget.checkpoint_every` steps of the job that lie between two checkpoints, that is
-    `checkpoint_every` × `workers` / `n_push` pushes, and with `checkpoint_every: 0` all.
+    It then goes on from the newest complete checkpoint, or from the initial parameters where there is none yet. What
+    was pushed since is lost: at most what is pushed from one checkpoint to the next, `checkpoint_every` × `workers` /
+    `n_push` pushes, and while the next one's evaluation is under way; with `checkpoint_every: 0` all.
     """
 
     def __init__(self, spec: WorkerSpec, index: int) -> None:
@@ -51,25 +52,23 @@ class ShardActor:
 
         plan = self._spec.plan
         _enter_process(self._spec, f"shard-{self._index}")
-        say = stage_writer(self._spec.run_folder)
-        lock = plan.lock(self._spec.phase, self._index)
-        self._locks.enter_context(awaited(lock, lambda: say("waiting for the end of an earlier attempt")))
-        model = _build_model(self._spec)
-        self._shapes = named_shapes(model)
-        shard = ParameterShard(model, self._index, plan.job.parallel.shards, plan.job.optimizer)
-        self._reader, self._refused = newest_checkpoint(self._spec)
-        if self._reader is not None:
-            shard.load(self._reader, ShardState(**self._reader.state["server"]["shards"][self._index]))
+        say, lock = stage_writer(self._spec.run_folder), plan.lock(self._spec.phase, self._index)
+        with ExitStack() as locks:
+            locks.enter_context(awaited(lock, lambda: say("waiting for the end of an earlier attempt")))
+            model = _build_model(self._spec)
+            shard = ParameterShard(model, self._index, plan.job.parallel.shards, plan.job.optimizer)
+            reader, refused = newest_checkpoint(self._spec)
+            if reader is not None:
+                shard.load(reader, ShardState(**reader.state["server"]["shards"][self._index]))
+            self._shapes, self._found = named_shapes(model), _found(reader, refused)
+            self._locks = locks.pop_all()
         return shard
 
     def ready(self) -> dict[str, Any]:
         """The state of the checkpoint that the shard goes on from, with its `folder` and `records`, and `refused`: what
         is wrong with a newer one."""
         assert self._shard
-        if self._reader is None:
-            return {"step": 0, "seconds": 0.0, "server": {}, "folder": "", "records": [], "refused": self._refused}
-        found = {"folder": self._reader.folder.name, "records": self._reader.records(), "refused": self._refused}
-        return {**self._reader.state, **found}
+        return self._found
 
     def fetch(self) -> tuple[Values, int]:
         return self._shard.fetch()
@@ -115,14 +114,32 @@ class RemoteShard:
 
 
 class WorkerActor:
-    """One worker. It keeps its own batch-norm statistics while it trains; see :meth:`refresh`."""
+    """One worker. It keeps its own batch-norm statistics while it trains; see :meth:`refresh`.
+
+    The caller numbers its calls from 0, because Ray may begin those of an asyncio actor in another order than they were
+    made in.
+    """
 
     def __init__(self, spec: WorkerSpec, number: int, shards: list[Any]) -> None:
         self._spec, self._number, self._actors = spec, number, shards
         self._name = f"{number}-{uuid.uuid4().hex}"
+        self._next_turn = 0
+        self._early: dict[int, asyncio.Future[None]] = {}
 
-    async def prepare(self) -> None:
+    async def _turn(self, turn: int) -> None:
+        """Waits until all calls before `turn` have begun."""
+        if turn != self._next_turn:
+            await self._early.setdefault(turn, asyncio.get_running_loop().create_future())
+        self._next_turn += 1
+        if self._next_turn in self._early:
+            self._early.pop(self._next_turn).set_result(None)
+
+    async def prepare(self, turn: int) -> None:
         """Loads the data and builds the model, with the buffers of the newest checkpoint."""
+        await self._turn(turn)
+        self._prepare()
+
+    def _prepare(self) -> None:
         from temper.data.sources import load_splits
         from temper.engine.deepspeed_setup import device_of
         from temper.engine.parameter_server import DownpourWorker, Replica
@@ -148,27 +165,31 @@ class WorkerActor:
             clip_norm=job.optimizer.clip_norm,
         )
 
-    async def train(self, ticket: Ticket) -> Pushed | None:
+    async def train(self, turn: int, ticket: Ticket) -> Pushed | None:
         """Computes one mini-batch; where that is the last of a push, answers when every shard has it."""
+        await self._turn(turn)
         return _plain(await self._downpour.train(ticket, lambda: self._mini_batch(ticket)))
 
-    async def flush(self, step: int) -> Pushed | None:
+    async def flush(self, turn: int, step: int) -> Pushed | None:
         """Pushes what is left of less than `n_push` mini-batches, at the learning rate of `step`."""
+        await self._turn(turn)
         return _plain(await self._downpour.flush(self._lr_at(step)))
 
-    async def refresh(self) -> tuple[None, dict[str, Any]]:
+    async def refresh(self, turn: int) -> tuple[None, dict[str, Any]]:
         """Brings the model up to date, to be evaluated; returns its buffers and frozen parameters, to be stored.
 
         They travel from here to the shard that writes them; the driver waits for the first value only.
         """
         from temper.engine.parameter_server import stored_tensors
 
+        await self._turn(turn)
         await self._downpour.fetch()
         stored = stored_tensors(self._downpour.replica.module)
         return None, {name: value.detach().cpu().clone() for name, value in stored.items()}
 
-    async def evaluate(self, last: bool) -> dict[str, float]:
+    async def evaluate(self, turn: int, last: bool) -> dict[str, float]:
         """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end."""
+        await self._turn(turn)
         return await self._downpour.use(lambda: self._evaluate(last))
 
     def _evaluate(self, last: bool) -> dict[str, float]:
@@ -252,6 +273,12 @@ def newest_checkpoint(spec: WorkerSpec) -> tuple[CheckpointReader | None, str | 
             return newest_checkpoint(spec)
         refused = refused or f"{folder.name}: {problem}"
     return None, refused
+
+
+def _found(reader: CheckpointReader | None, refused: str | None) -> dict[str, Any]:
+    if reader is None:
+        return {"step": 0, "seconds": 0.0, "server": {}, "folder": "", "records": [], "refused": refused}
+    return {**reader.state, "folder": reader.folder.name, "records": reader.records(), "refused": refused}
 
 
 def _build_model(spec: WorkerSpec) -> nn.Module:

@@ -62,8 +62,10 @@ def follow(progress: Progress, record: Record) -> Progress:
 
 
 def new_events(records: Sequence[Record], shown: set[str]) -> list[str]:
-    """`step 12: loss scale 65536: …` for each event that is not in `shown` yet, which it then is; what happened again at
-    another scale is no news."""
+    """`step 12: loss scale 65536: …` for each event that is not in `shown` yet, which it then is.
+
+    What happens again at another scale is no news.
+    """
     texts = []
     for record in records:
         for event in record.get("events", []):
