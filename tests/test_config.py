@@ -316,6 +316,7 @@ def test_a_right_job_breaks_no_rule():
         (["parallel={mode: parameter_server, tensor: 2}"], "parallel.tensor", "use tensor: 1"),
         (["parallel.mode=parameter_server", "precision.dtype=fp16"], "precision.dtype", "use bf16, fp32"),
         (["precision={master_weights: false}"], "precision.master_weights", "use dtype: bf16"),
+        (["precision={dtype: fp16, at_min_scale: back_off}"], "precision.at_min_scale", "set budget.checkpoint_every"),
         (["precision={dtype: bf16, at_min_scale: hold}"], "precision.at_min_scale", "use dtype: fp16"),
         (
             ["precision={dtype: fp16, underflow_every: 5}", "parallel.pipeline=2"],

@@ -1,14 +1,15 @@
-"""The plan's memory, and ZeRO's formulas, against the tensors that an engine really holds at the end of a backward pass.
+"""Bytes that the ranks of an engine really hold, by what they are for, against ZeRO's formulas and against the plan.
 
-Run as a program, it prints the table of ZeRO's formulas.
+Run as a program, it prints the formulas, the plan and what was measured as a table.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from distributed import run_distributed
 from engine_cases import BATCH, Case, build_batches, build_engine, step
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.models.probe import measure, with_parts
-from temper.plan.memory import MemoryPlan, plan_memory
+from temper.plan.deepspeed_config import zero_stage
+from temper.plan.memory import MemoryPlan, plan_memory, stage_weights
 from temper.plan.mesh import plan_batch
 from temper.plan.probe import ModelFacts
 
@@ -28,17 +30,26 @@ from temper.plan.probe import ModelFacts
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a rank's engine when the backward passes of a step are done, by what they are for.
+    """Bytes of one rank's engine in a step, by what they are for; storages that tensors keep alive, their padding
+    included.
 
-    `parameters` are the weights as forward uses them and the buffers, `optimizer_state` the masters and moments, `rest`
-    everything else that a tensor keeps alive.
+    - `parameters`: weights as forward uses them, and buffers, when the backward passes are done
+    - `gradients`: then, or just before they are reduced, whichever is more
+    - `optimizer_state`: masters, where they are separate, and moments
+    - `buckets`: buffers in which gradients are gathered to be reduced
+    - `rest`: everything else, as the test's own batches
     """
 
     parameters: int
     gradients: int
     optimizer_state: int
-    rest: int
     buckets: int
+    rest: int
+
+    @property
+    def state(self) -> int:
+        """What ZeRO's formulas count."""
+        return self.parameters + self.gradients + self.optimizer_state
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
@@ -51,6 +62,12 @@ def all_storages() -> dict[int, int]:
     gc.collect()
     found = [item for item in gc.get_objects() if isinstance(item, Tensor)]
     return storages([*found, *(item.grad for item in found if item.is_leaf)])
+
+
+def buckets_of(engine: DeepSpeedEngine) -> list[Any]:
+    """Stages 1 and 2 take turns between several; stage 3 has one."""
+    buffers = [bucket.buffer for bucket in getattr(engine._engine.optimizer, "ipg_buckets", {}).values()]
+    return [*buffers, *itertools.chain(*(buffer for buffer in buffers if isinstance(buffer, list)))]
 
 
 def parameters_of(engine: DeepSpeedEngine) -> list[Any]:
@@ -73,16 +90,32 @@ def optimizer_state_of(engine: DeepSpeedEngine) -> list[Any]:
     return [*(item.owner for item in fragments), *itertools.chain(*(state.values() for state in states))]
 
 
-def held(case: Case, build: Callable[[], nn.Module]) -> Held:
+def held_now(engine: DeepSpeedEngine, before: dict[int, int]) -> Held:
+    """Of the storages that are not in `before`. In fp32 at stage 0 the parameters are their own masters."""
+    rest = {address: size for address, size in all_storages().items() if address not in before}
+    bytes_of = {
+        of: sum(rest.pop(address, 0) for address in storages(of(engine)))
+        for of in (buckets_of, parameters_of, gradients_of, optimizer_state_of)
+    }
+    return Held(
+        parameters=bytes_of[parameters_of],
+        gradients=bytes_of[gradients_of],
+        optimizer_state=bytes_of[optimizer_state_of],
+        buckets=bytes_of[buckets_of],
+        rest=sum(rest.values()),
+    )
+
+
+def held(case: Case, net: str) -> Held:
     """What this rank's engine holds in its second step, when there are moments."""
     before = all_storages()
-    engine, batch = build_engine(case, model=build())
+    engine, batch = build_engine(case, model=NETS[net]())
     step(engine, batch, case, 0)
     inner, seen = engine._engine, []
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         def observe(*args: Any, **kwargs: Any) -> Any:
-            seen.append(_by_purpose(engine, before))
+            seen.append(held_now(engine, before))
             return method(*args, **kwargs)
 
         return observe
@@ -92,21 +125,8 @@ def held(case: Case, build: Callable[[], nn.Module]) -> Held:
     step(engine, batch, case, 1)
     del inner.allreduce_gradients, inner._take_model_step
     inner.destroy()
-    print("OBS", case, seen)
-    return Held(*(max(values) for values in zip(*map(astuple, seen), strict=True)))
-
-
-def _by_purpose(engine: DeepSpeedEngine, before: dict[int, int]) -> Held:
-    """In fp32 at stage 0 the parameters are their own masters."""
-    rest = {address: size for address, size in all_storages().items() if address not in before}
-    buckets = getattr(engine._engine.optimizer, "ipg_buckets", {}).values()
-    bb = storages([t for bucket in buckets for t in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])])
-    b = sum(rest.pop(address, 0) for address in bb)
-    found = []
-    for of in (parameters_of, gradients_of, optimizer_state_of):
-        own = storages(of(engine))
-        found.append(sum(rest.pop(address, 0) for address in own))
-    return Held(*found, rest=sum(rest.values())+0*b, buckets=b)
+    most = {name: max(getattr(one, name) for one in seen) for name in ("gradients", "buckets")}
+    return replace(seen[-1], **most)
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -146,21 +166,117 @@ def conv_net() -> nn.Module:
 NETS = {"uneven": uneven_net, "even": even_net, "conv": conv_net}
 
 
-def facts_of(net: str, case: Case) -> ModelFacts:
-    """What the plan learns of the network."""
-    inputs = build_batches()[0][0][:2]
-    facts = measure(NETS[net](), tuple(inputs.shape[1:]), "cpu")
-    return with_parts(facts, NETS[net](), inputs, case.tensor, case.splits) if case.tensor > 1 else facts
+# -------------------------------------------------------------------------------------------------- the measurement
+
+Item = tuple[str, Case]
+Measured = dict[str, list[Held]]  # by the name of the item, what each rank holds
 
 
-def plan_of(net: str, case: Case, workers: int) -> MemoryPlan:
-    micro_batch = BATCH // workers // case.accumulation
-    return plan_memory(case.job(workers), facts_of(net, case), case.mesh(workers), plan_batch(BATCH, workers, micro_batch))
+def _name(item: Item) -> str:
+    return f"{item[0]}-{item[1]}"
 
 
-# -------------------------------------------------------------------------------------------------- measured on ranks
+def _held_all(rank: int, items: list[Item]) -> list[Held]:
+    return [held(case, net) for net, case in items]
 
-ON_TWO = [
+
+def measure_ranks(ranks: int, items: list[Item]) -> Measured:
+    by_rank = run_distributed(_held_all, ranks, items)
+    return {_name(item): [of_rank[index] for of_rank in by_rank] for index, item in enumerate(items)}
+
+
+def largest(ranks: list[Held]) -> Held:
+    return max(ranks, key=lambda held: held.state)
+
+
+# ---------------------------------------------------------------------------------------------------- ZeRO's formulas
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Bytes of parameters, gradients and optimizer state on one of N ranks, for mixed-precision Adam: Rajbhandari et
+    al. (2020), figure 1 and section 5, with K = 12."""
+
+    text: str
+    ranks: int
+    zero: int
+    bytes: Callable[[int, int], tuple[float, float, float]]
+
+    @property
+    def item(self) -> Item:
+        return "even", Case(zero=self.zero, dtype="fp16", optimizer="adam")
+
+    def __str__(self) -> str:
+        return f"N{self.ranks}-zero{self.zero}"
+
+
+def _formulas() -> list[Formula]:
+    """In fp16 temper runs stage 0 as stage 1, so that the row without ZeRO is one rank's: there they are the same."""
+    by_stage = {
+        1: ("4Ψ + 12Ψ/N", lambda size, n: (2 * size, 2 * size, 12 * size / n)),
+        2: ("2Ψ + 14Ψ/N", lambda size, n: (2 * size, 2 * size / n, 12 * size / n)),
+        3: ("16Ψ/N", lambda size, n: (2 * size / n, 2 * size / n, 12 * size / n)),
+    }
+    none = Formula("16Ψ", 1, 0, by_stage[1][1])
+    return [none, *(Formula(text, n, zero, of) for n in (2, 4) for zero, (text, of) in by_stage.items())]
+
+
+FORMULAS = _formulas()
+
+
+def measure_formulas(ranks: int) -> Measured:
+    return measure_ranks(ranks, [formula.item for formula in FORMULAS if formula.ranks == ranks])
+
+
+def table(measured: dict[int, Measured]) -> str:
+    """As Markdown, in MB."""
+    size = sum(param.numel() for param in even_net().parameters())
+    lines = [
+        "| ZeRO | ranks | formula | formula, MB | planned, MB | measured, MB | parameters | gradients | optimizer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for formula in FORMULAS:
+        found = largest(measured[formula.ranks][_name(formula.item)])
+        plan = plan_of(*formula.item, formula.ranks)
+        planned = plan.parameters + plan.gradients + plan.optimizer_state
+        numbers = [sum(formula.bytes(size, formula.ranks)), planned, found.state, *astuple(found)[:3]]
+        texts = [str(formula.zero), str(formula.ranks), formula.text, *(f"{number / 1e6:.2f}" for number in numbers)]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def by_ranks() -> dict[int, Measured]:
+    two = [formula.item for formula in FORMULAS if formula.ranks == 2]
+    return {
+        1: measure_formulas(1),
+        2: measure_ranks(2, [*two, *(("uneven", case) for case in REPLICAS), *PARTS]),
+        4: measure_formulas(4),
+    }
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=str)
+def test_each_rank_holds_what_zero_says(by_ranks: Any, formula: Formula) -> None:
+    """Fp16 with Adam, on every rank, for parameters, gradients and optimizer state alone and together.
+
+    What DeepSpeed holds beyond the formulas: the bucket in which gradients are reduced, which is as large as all
+    gradients where these are fewer than 500 million (given back after the backward pass, but by stage 3); at stage 3
+    parameters of up to 100,000 elements, whole on every rank, and in forward and backward the layers that are gathered
+    at the time; at stage 2 whole gradients of the two parameters that reach over a partition's borders; padding of a
+    partition to an even number of elements, and at stage 3 of each parameter to a multiple of N; Adam's step counts;
+    within the optimizer's step, an fp32 copy of the rank's gradients.
+    """
+    size = sum(param.numel() for param in even_net().parameters())
+    expected = formula.bytes(size, formula.ranks)
+    for found in by_ranks[formula.ranks][_name(formula.item)]:
+        assert (found.parameters, found.gradients, found.optimizer_state) == pytest.approx(expected, rel=0.1)
+        assert found.state == pytest.approx(sum(expected), rel=0.1)
+        assert found.buckets == 2 * size
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+REPLICAS = [
     Case(zero=0, optimizer="adam"),
     Case(zero=1, optimizer="adam"),
     Case(zero=2, optimizer="adagrad"),
@@ -170,34 +286,53 @@ ON_TWO = [
     Case(zero=2, offload="cpu", optimizer="adam", accumulation=2),
 ]
 MAPS = {"0": "output_maps", "3": "output_maps", "5": "output_maps", "7": "output_activations"}
-# Networks on two ranks without replicas. The first cut makes the second stage the larger one, the second the first.
+# On two ranks without replicas. The first cut makes the second stage the larger one, the other one the first.
 PARTS = [
     ("uneven", Case(pipeline=2, cut=(0, 2), dtype="fp16", optimizer="adam", accumulation=2)),
     ("uneven", Case(pipeline=2, cut=(0, 4), optimizer="adam", accumulation=2)),
     ("conv", Case(tensor=2, splits=MAPS, dtype="fp16", optimizer="adam")),
     ("conv", Case(tensor=2, splits=MAPS, optimizer="adam")),
 ]
-Item = tuple[str, Case]
 
 
-def _held_all(rank: int, items: list[Item]) -> list[Held]:
-    return [held(case, NETS[net]) for net, case in items]
+def facts_of(net: str, case: Case) -> ModelFacts:
+    """What the plan learns of the network."""
+    inputs = build_batches()[0][0][:2]
+    facts = measure(NETS[net](), tuple(inputs.shape[1:]), "cpu")
+    return with_parts(facts, NETS[net](), inputs, case.tensor, case.splits) if case.tensor > 1 else facts
 
 
-def measured(ranks: int, items: list[Item]) -> list[Held]:
-    """The rank that holds most of each."""
-    by_rank = run_distributed(_held_all, ranks, items)
-    return [max(found, key=lambda held: sum(astuple(held)[:3])) for found in zip(*by_rank, strict=True)]
+def plan_of(net: str, case: Case, workers: int) -> MemoryPlan:
+    batch = plan_batch(BATCH, workers, BATCH // workers // case.accumulation)
+    return plan_memory(case.job(workers), facts_of(net, case), case.mesh(workers), batch)
+
+
+@pytest.mark.parametrize("case", REPLICAS, ids=str)
+def test_the_plan_is_within_a_tenth_of_what_is_held(by_ranks: Any, case: Case) -> None:
+    found, memory = largest(by_ranks[2][_name(("uneven", case))]), plan_of("uneven", case, workers=2)
+    everything = memory.parameters + memory.gradients + memory.optimizer_state + memory.host_bytes
+    if zero_stage(case.job(2)) > 0:
+        everything += memory.buckets  # stage 0 makes its own within one call
+    assert sum(astuple(found)) == pytest.approx(everything, rel=0.1)
+    if case.offload == "none":
+        planned = memory.parameters, memory.gradients, memory.optimizer_state
+        assert (found.parameters, found.gradients, found.optimizer_state) == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("item", PARTS, ids=_name)
+def test_the_plan_knows_what_a_stage_and_a_tensor_rank_hold(by_ranks: Any, item: Item) -> None:
+    found, memory = largest(by_ranks[2][_name(item)]), plan_of(*item, workers=1)
+    planned = memory.parameters, memory.gradients, memory.optimizer_state
+    assert (found.parameters, found.gradients, found.optimizer_state) == pytest.approx(planned, rel=0.1)
+
+
+def test_a_stage_keeps_nothing_of_the_others(by_ranks: Any) -> None:
+    net, case = PARTS[1]
+    stages = [4 * weights.num_parameters for weights in stage_weights(facts_of(net, case), case.mesh(1))]
+    for stage, found in enumerate(by_ranks[2][_name(PARTS[1])]):
+        assert found.parameters == stages[stage]
+        assert found.rest < stages[1 - stage] / 2
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    z = {1: [1], 2: [1, 2, 3], 4: [1, 2, 3]}
-    for n, stages in z.items():
-        items = [("even", Case(zero=s, dtype="fp16", optimizer="adam")) for s in stages]
-        if n == 2:
-            items += PARTS
-            items += [("uneven", c) for c in ON_TWO]
-        for (net, case), h in zip(items, measured(n, items), strict=True):
-            w = n // case.pipeline // case.tensor
-            print("RES", n, net, case, h, plan_of(net, case, w))
+    sys.stdout.write(table({ranks: measure_formulas(ranks) for ranks in (1, 2, 4)}) + "\n")

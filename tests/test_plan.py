@@ -228,7 +228,6 @@ def test_a_server_holds_the_state_and_workers_add_up_between_pushes(storage):
 @pytest.mark.parametrize(
     ("precision", "said"),
     [
-        ("{dtype: tf32}", "tf32\n"),
         ("{dtype: bf16, master_weights: false}", "bf16, no master weights\n"),
         ("{dtype: fp16, loss_scale: 8, fp32_accumulation: false}", "fp16, loss scale 8, no fp32 accumulation\n"),
         ("{dtype: fp16, at_min_scale: hold, min_scale: 4}", "doubled after 1000 clean steps, at scale 4 skips steps\n"),
@@ -237,6 +236,20 @@ def test_a_server_holds_the_state_and_workers_add_up_between_pushes(storage):
 )
 def test_precision_in_the_plan(storage, precision, said):
     assert said in plan_table(planned(f"precision={precision}"))
+
+
+def test_tf32_without_a_gpu_is_refused_before_the_start(storage):
+    with pytest.raises(JobError, match=r"precision.dtype: tf32 needs a GPU, and the job runs on CPUs; use fp32"):
+        planned("precision.dtype=tf32")
+
+
+def test_where_a_run_backs_off_to_is_part_of_its_fingerprint(storage):
+    back_off = "precision={dtype: fp16, at_min_scale: back_off}"
+    often, seldom = (planned(back_off, f"budget.checkpoint_every={steps}").fingerprint for steps in (10, 20))
+    assert often != seldom
+    hold = "precision={dtype: fp16, at_min_scale: hold}"
+    often, seldom = (planned(hold, f"budget.checkpoint_every={steps}").fingerprint for steps in (10, 20))
+    assert often == seldom
 
 
 @pytest.mark.parametrize(("epochs", "batch", "steps"), [(1, 64, 22), (2.5, 64, 56), (0.001, 64, 1), (3, 1437, 3)])
@@ -372,7 +385,7 @@ def test_what_no_weight_depends_on_does_not(storage, override):
     ("job", "change"),
     [
         ("precision.dtype=fp16", "precision.scale_window=10"),
-        ("precision.dtype=fp16", "precision.at_min_scale=back_off"),
+        ("precision.dtype=fp16", "precision.at_min_scale=hold"),
         ("precision.dtype=bf16", "precision.master_weights=false"),
         ("precision.dtype=bf16", "precision.fp32_accumulation=false"),
         ("parallel.mode=parameter_server", "parallel.shards=2"),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from temper.config.schema import JobConfig, PrecisionConfig, ScheduleConfig
+from temper.config.schema import JobConfig, ScheduleConfig
 from temper.errors import Problem
 
 _CLASS_METRICS = ("accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error")
@@ -133,7 +133,7 @@ def _check_precision(job: JobConfig) -> list[Problem]:
     if precision.loss_scale != "dynamic":
         rule = f"acts on a dynamic scale only, and precision.loss_scale is {precision.loss_scale:g}"
         return problems + _unread(job, "precision", _DYNAMIC_ONLY, rule, "loss_scale: dynamic")
-    return problems + _check_dynamic_scale(precision)
+    return problems + _check_dynamic_scale(job)
 
 
 def _check_underflow(job: JobConfig) -> list[Problem]:
@@ -145,8 +145,12 @@ def _check_underflow(job: JobConfig) -> list[Problem]:
     return [Problem("precision.underflow_every", every, rule, f"leave it out or use {parts[0]}: 1")]
 
 
-def _check_dynamic_scale(precision: PrecisionConfig) -> list[Problem]:
-    problems = []
+def _check_dynamic_scale(job: JobConfig) -> list[Problem]:
+    precision, problems = job.precision, []
+    if precision.at_min_scale == "back_off" and job.budget.checkpoint_every == 0:
+        rule = "goes back to a checkpoint, and budget.checkpoint_every: 0 saves none before the end"
+        remedy = "set budget.checkpoint_every or use stop or hold"
+        problems.append(Problem("precision.at_min_scale", "back_off", rule, remedy))
     initial, minimum = precision.initial_scale, precision.min_scale
     if not (1 <= initial <= 2**_MAX_SCALE_POWER and math.log2(initial).is_integer()):
         power = 2 ** min(max(round(math.log2(initial)), 0), _MAX_SCALE_POWER)

@@ -19,6 +19,7 @@ from temper.plan.facts import DataFacts, data_facts
 from temper.plan.memory import MemoryPlan, plan_memory, stage_weights
 from temper.plan.mesh import BatchPlan, ClusterShape, MeshPlan, check_mesh, plan_batch, plan_mesh
 from temper.plan.phases import PhasePlan, fingerprint, ingredients, plan_steps
+from temper.plan.precision import check_precision_device, local_capability
 from temper.plan.probe import ModelFacts, Timing, model_facts
 from temper.plan.stages import LEAST_MICRO_BATCHES, StagePlan, bubble, plan_stages
 from temper.plan.targets import check_targets, hash_targets
@@ -93,6 +94,7 @@ def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
     problems = [
         *check_job(job),
         *check_mesh(job.parallel, cluster),
+        *_check_precision(job, cluster),
         *check_storage(job),
         *check_tracking(job),
         *check_targets(job, job_folder),
@@ -109,6 +111,11 @@ def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
     if problems:
         raise JobError(problems)
     return _decide(job, data, model, cluster, batch, job_folder)
+
+
+def _check_precision(job: JobConfig, cluster: ClusterShape) -> list[Problem]:
+    capability = local_capability() if job.precision.dtype == "tf32" else None
+    return check_precision_device(job.precision.dtype, plan_mesh(job.parallel, cluster).device, capability)
 
 
 def _batch(job: JobConfig) -> BatchPlan:

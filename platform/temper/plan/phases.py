@@ -16,7 +16,7 @@ from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
 
 _LOSS_SCALING = ("loss_scale", "initial_scale", "scale_window", "hysteresis", "min_scale")
@@ -74,7 +74,7 @@ def ingredients(
         "data": _data(job, data),
         "loss": job.loss.model_dump(mode="json"),
         "optimizer": job.optimizer.model_dump(mode="json"),
-        "precision": _precision(job.precision),
+        "precision": _precision(job),
         "topology": _topology(job, mesh, batch),
         "steps": steps,
         "seed": job.seed,
@@ -106,12 +106,15 @@ def _data(job: JobConfig, data: DataFacts) -> dict[str, Any]:
     }
 
 
-def _precision(precision: PrecisionConfig) -> dict[str, Any]:
+def _precision(job: JobConfig) -> dict[str, Any]:
     """Only what acts, so that a key which does nothing changes no fingerprint."""
-    default = PrecisionConfig()
+    precision, default = job.precision, PrecisionConfig()
     keys = ["dtype", *(_LOSS_SCALING if precision.dtype == "fp16" else ())]
     keys += [name for name in _SWITCHES if getattr(precision, name) != getattr(default, name)]
-    return {name: getattr(precision, name) for name in keys}
+    values = {name: getattr(precision, name) for name in keys}
+    if precision.at_min_scale == "back_off":
+        values["checkpoint_every"] = job.budget.checkpoint_every  # where it goes back to
+    return values
 
 
 def _topology(job: JobConfig, mesh: MeshPlan, batch: BatchPlan) -> dict[str, Any]:
