@@ -313,6 +313,11 @@ def test_a_right_job_breaks_no_rule():
         (["parallel={shards: 2}"], "parallel.shards", "use mode: parameter_server"),
         (["parallel={mode: parameter_server, zero: 1}"], "parallel.zero", "use zero: 0 or mode: synchronous"),
         (["parallel={mode: parameter_server, micro_batch: 4}"], "parallel.micro_batch", "use micro_batch: null"),
+        (
+            ["parallel={mode: parameter_server}", "data.loader_processes=2"],
+            "data.loader_processes",
+            "use loader_processes: 0",
+        ),
         (["parallel={mode: parameter_server, tensor: 2}"], "parallel.tensor", "use tensor: 1"),
         (["parallel.mode=parameter_server", "precision.dtype=fp16"], "precision.dtype", "use bf16, fp32"),
         (["precision={master_weights: false}"], "precision.master_weights", "use dtype: bf16"),

@@ -216,6 +216,7 @@ _NOT_ON_A_SERVER: tuple[tuple[str, Any, str], ...] = (
     ("parallel.pipeline", 1, "joins ranks in step, and workers of a parameter server run on their own"),
     ("parallel.tensor", 1, "joins ranks in step, and workers of a parameter server run on their own"),
     ("parallel.micro_batch", None, "cuts a step into parts, and a worker's mini-batch is one"),
+    ("data.loader_processes", 0, "prepares batches ahead, and a worker learns which comes next when it asks"),
     ("precision.master_weights", True, "rounds the weights of a synchronous optimizer"),
 )
 

@@ -8,7 +8,8 @@ clients whose calls return something to await, and no Ray is imported.
 What is asynchronous: a worker's parameters travel while its next mini-batch is prepared, and its gradient while the one
 after it is computed. Nothing waits for other workers, unless their lead is bounded (see :mod:`temper.launch.ledger`).
 With one worker and `n_fetch = n_push = 1` this is the plain loop of the optimizer, because a worker's push reaches a
-shard before its next fetch.
+shard before its next fetch. With more, the gradient of each mini-batch is an update of its own: a step of the job makes
+as many as there are workers, and a learning rate that is tuned for one update a step may be too large.
 """
 
 from __future__ import annotations

@@ -30,15 +30,17 @@ class PipelineEngine(DeepSpeedEngine):
     def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
         layers = layer_sequence(model)
         assert layers is not None, "the plan cuts sequences only"
-        stages = (*mesh.cut, len(layers))
-        own = layers[slice(*stages[self.groups.pipeline.rank :][:2])]
-        join_chain(layer for _, layer in own)
-        for _, layer in own:
+        first, end = (*mesh.cut, len(layers))[self.groups.pipeline.rank :][:2]
+        own = [layer for _, layer in layers[first:end]]
+        join_chain(own)
+        for layer in own:
             join_blocks(layer)
         self._sums: dict[str, Tensor] = {}
         self._term_names: list[str] | None = None
         self._prefixes = {f"{index}.": f"{name}." for index, (name, _) in enumerate(layers)}
-        return _stage_module([layer for _, layer in layers], mesh, self._loss_of_micro_batch)
+        # DeepSpeed keeps all layers that it is given, and those of other stages would stay in this rank's memory.
+        listed = [*(nn.Identity() for _ in layers[:first]), *own, *(nn.Identity() for _ in layers[end:])]
+        return _stage_module(listed, mesh, self._loss_of_micro_batch)
 
     def _model_parallel_unit(self, mesh: MeshPlan) -> None:
         return None  # DeepSpeed's grid knows the groups

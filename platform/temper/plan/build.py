@@ -245,10 +245,13 @@ def _pipeline_notes(job: JobConfig, batch: BatchPlan) -> list[str]:
 def _server_notes(job: JobConfig) -> list[str]:
     if job.parallel.mode != "parameter_server":
         return []
-    return [
+    notes = [
         "workers of a parameter server do not wait for each other: the result depends on their timing and is not "
         "repeated bit for bit"
     ]
+    if job.budget.checkpoint_every == 0:
+        notes.append("budget.checkpoint_every: 0 saves nothing before the end: a shard that dies begins anew")
+    return notes
 
 
 def _sharding_notes(job: JobConfig, mesh: MeshPlan) -> list[str]:

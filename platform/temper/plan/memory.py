@@ -116,7 +116,7 @@ def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan) 
     gradients = _gradients(zero, width, weights, shares)
     return MemoryPlan(
         parameters=_parameters(zero, width, weights, mesh, shares),
-        gradients=_staged_gradients(zero, width, weights, batch) if offload else gradients,
+        gradients=_staged_gradients(zero, width, weights) if offload else gradients,
         optimizer_state=0 if offload else state,
         activations=part.activation_bytes_per_example * batch.micro_batch * width // _FP32,
         buckets=_buckets(zero, width, weights, mesh),
@@ -126,14 +126,14 @@ def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan) 
 
 
 def _worker_and_server(job: JobConfig, model: ModelFacts, batch: BatchPlan) -> MemoryPlan:
-    """A worker has its own fp32 weights and gradients, a second set where it adds them up between pushes.
-
-    Dean et al. (2012), algorithm 7.1; masters and the optimizer's state are the server's.
-    """
+    """A worker has its own fp32 weights and gradients, rounded ones beside them in bf16, and a second set of gradients
+    where it adds them up between pushes (Dean et al. 2012, algorithm 1.1); the optimizer's state is the server's."""
     width, shard = BYTES[job.precision.dtype], -(-model.num_trainable // job.parallel.shards)
+    rounded = width if job.precision.is_low else 0
+    accrued = _FP32 if job.parallel.n_push > 1 else 0
     return MemoryPlan(
-        parameters=_FP32 * model.num_parameters + model.buffer_bytes,
-        gradients=_FP32 * model.num_trainable * (2 if job.parallel.n_push > 1 else 1),
+        parameters=(_FP32 + rounded) * model.num_parameters + model.buffer_bytes,
+        gradients=(_FP32 + rounded + accrued) * model.num_trainable,
         optimizer_state=0,
         activations=model.activation_bytes_per_example * batch.micro_batch * width // _FP32,
         buckets=0,
@@ -192,13 +192,13 @@ def _gradients(zero: int, width: int, weights: Weights, shares: _Shares) -> int:
     return width * (shares.touched if zero >= 2 else sum(weights.sizes))
 
 
-def _staged_gradients(zero: int, width: int, weights: Weights, batch: BatchPlan) -> int:
+def _staged_gradients(zero: int, width: int, weights: Weights) -> int:
     """What of the gradients stays on the device when they move to the host as they are made."""
     if zero == 3:
         return 0
     staging = width * max(weights.sizes, default=0)
-    # Stage 1 adds up the micro-batches of a step on the device before it moves anything.
-    return staging + (width * sum(weights.sizes) if zero == 1 and batch.accumulation > 1 else 0)
+    # Stage 1 has all gradients on the device at the end of the backward pass, and only then moves anything.
+    return staging + (width * sum(weights.sizes) if zero == 1 else 0)
 
 
 def _host_gradients(zero: int, width: int, weights: Weights, batch: BatchPlan, shares: _Shares) -> int:
