@@ -2,8 +2,9 @@
 
 `<phase folder>/history.jsonl` holds one JSON object a line, in ascending order of steps:
 `{"step": int, "time_ms": int, "metrics": {name: float}}`, with `"events": [str]` where something happened in the step
-that numbers do not say. It is written by one process, the Ray Train controller or
-the supervisor of a parameter server, and read by any other. It is also the queue from which the tracker delivers to MLflow, so an outage there costs no memory.
+that numbers do not say. It is written by one process, the Ray Train controller or the supervisor of a parameter server,
+and read by any other. It is also the queue from which the tracker delivers to MLflow, so an outage there costs no
+memory.
 """
 
 from __future__ import annotations

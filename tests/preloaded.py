@@ -1,0 +1,13 @@
+"""What every rank of a test imports: done once, in the process that the ranks are forked from (see distributed.py).
+
+The imports take six seconds of a core. Nothing here may start a thread, which a fork would lose.
+"""
+
+import torch
+import torch._dynamo
+
+import temper.engine.build
+import temper.engine.deepspeed_setup
+
+torch.set_num_threads(1)
+temper.engine.deepspeed_setup.prepare("cpu")
