@@ -31,7 +31,7 @@ from temper.plan.deepspeed_config import deepspeed_config
 from temper.plan.mesh import MeshPlan, plan_batch
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-MICRO_BATCH, WIDTH, LAYERS_PER_STAGE, WARM_UP = 64, 768, 4, 2
+MICRO_BATCH, WIDTH, LAYERS_PER_STAGE, WARM_UP = 128, 1024, 4, 2
 
 
 def build_net(stages: int) -> nn.Module:

@@ -67,6 +67,7 @@ def test_stages_and_tensor_ranks_train_a_model_that_is_whole_again_when_it_is_ex
     assert again["status"] == "reused"
 
 
+@pytest.mark.slow
 def test_verify_certifies_a_mesh(tmp_path: Path) -> None:
     split = {"[03]": "image_blocks", "7": "output_activations"}
     parallel = {"tensor": 2, "split": split, "cpus_per_worker": 0.5}

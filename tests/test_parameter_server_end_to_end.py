@@ -138,6 +138,7 @@ def test_eval_and_export_of_the_run(unbroken: tuple[Path, dict[str, Any], str]) 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_shard_are_replaced(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     process = start(write_job(tmp_path))
@@ -153,6 +154,7 @@ def test_a_killed_worker_and_a_killed_shard_are_replaced(tmp_path: Path) -> None
     check_whole(tmp_path, result)
 
 
+@pytest.mark.slow
 def test_a_broken_model_fails_at_once_with_its_own_error(tmp_path: Path) -> None:
     path = write_job(tmp_path, model={"kind": "python", "target": "slow_net:build_broken"})
     code, result, err = finish(start(path))

@@ -228,6 +228,7 @@ def test_a_killed_driver_is_resumed(tmp_path: Path, unbroken: tuple[Path, dict[s
     check_same(tmp_path, result, unbroken)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_saves_and_goes_on_past_a_damaged_checkpoint(
     tmp_path: Path, unbroken: tuple[Path, dict[str, Any], str]
 ) -> None:
