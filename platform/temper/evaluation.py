@@ -10,12 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from temper.data.batches import Batch
+from temper.data.sources import SplitName
 from temper.engine.base import LossFunction
 from temper.outputs import logits_of
 from temper.parallel.groups import Group
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
+
+
+def evaluate_splits(on: Callable[[SplitName], dict[str, float]], held_out: bool, last: bool) -> dict[str, float]:
+    """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end.
+
+    `on` evaluates one split.
+    """
+    values = {f"eval/{key}": value for key, value in on("validation" if held_out else "test").items()}
+    if last:
+        tested = on("test") if held_out else {key.removeprefix("eval/"): value for key, value in values.items()}
+        values |= {f"test/{key}": value for key, value in tested.items()}
+    return values
 
 
 def evaluate(

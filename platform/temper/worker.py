@@ -26,7 +26,7 @@ from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
-from temper.evaluation import evaluate
+from temper.evaluation import evaluate, evaluate_splits
 from temper.files import write_json
 from temper.locks import awaited
 from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
@@ -171,13 +171,8 @@ class _Worker:
         )
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
-        """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end."""
         held_out = self.plan.data.validation_examples > 0
-        values = {f"eval/{key}": value for key, value in self._on("validation" if held_out else "test").items()}
-        if step == self.spec.phase.steps:
-            tested = self._on("test") if held_out else {key.removeprefix("eval/"): v for key, v in values.items()}
-            values |= {f"test/{key}": value for key, value in tested.items()}
-        return values
+        return evaluate_splits(self._on, held_out, step == self.spec.phase.steps)
 
     def _on(self, split: SplitName) -> dict[str, float]:
         batches = eval_batches(

@@ -13,6 +13,7 @@ from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
 from temper.config.schema import JobConfig
 from temper.engine.base import EngineState, LossFunction, StepResult
 from temper.engine.deepspeed_setup import device_of
+from temper.engine.inputs import DTYPES, apply_seed, prepared
 from temper.engine.masters import (
     Fragment,
     inner_optimizer,
@@ -34,7 +35,6 @@ from temper.precision.masters import drop_master_weights
 from temper.precision.scaling import is_exhausted, mend_scaler
 from temper.precision.twin import build_twin, gathered_weights, skeleton_of
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -152,10 +152,8 @@ class DeepSpeedEngine:
         return {name: value / self._batch.accumulation for name, value in sums.items()}
 
     def seed(self, seed: int) -> None:
-        """As `torch.manual_seed`, which takes 130 µs where there is no CUDA: it notes a traceback for each call."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        """Sets the random numbers of a step, as its first micro-batch finds them."""
+        apply_seed(seed, self.device)
 
     def micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self._prepared(inputs), targets.to(self.device, non_blocking=True)
@@ -176,11 +174,7 @@ class DeepSpeedEngine:
         return apply_global_batch_norm(twin, self.groups.data)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.device, non_blocking=True)
-        if inputs.is_floating_point():
-            inputs = inputs.to(self._dtype)
-        # Convolutions are up to three times faster on images whose channels come last in memory, most of all in fp16.
-        return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+        return prepared(inputs, self._dtype, self.device)
 
     def _clip_and_measure(self, optimizer: torch.optim.Optimizer, *_unused: Any) -> None:
         """Runs just before the optimizer's step, when the gradients are reduced."""

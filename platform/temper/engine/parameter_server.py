@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
 from temper.config.schema import OptimizerConfig, PrecisionConfig
 from temper.engine.base import LossFunction
+from temper.engine.inputs import DTYPES, apply_seed, prepared
 from temper.engine.masters import Fragment, set_optimizer_step
 from temper.optim import build_optimizer
 from temper.parallel.batch_norm import apply_global_batch_norm
@@ -39,7 +40,6 @@ from temper.precision.device import apply_product_precision
 
 Result = TypeVar("Result")
 Values = npt.NDArray[np.float32]
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 # ------------------------------------------------------------------------------------------------------------ the cut
@@ -226,9 +226,7 @@ class Replica:
 
         The gradient's memory is used again for the next mini-batch.
         """
-        torch.default_generator.manual_seed(batch.seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(batch.seed)
+        apply_seed(batch.seed, self.device)
         if not self.module.training:
             self.module.train()
         self._gradient.zero_()
@@ -245,10 +243,7 @@ class Replica:
             return self.module(self._prepared(inputs))
 
     def _prepared(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.device)
-        if inputs.is_floating_point():
-            inputs = inputs.to(self._dtype)
-        return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+        return prepared(inputs, self._dtype, self.device)
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> None:

@@ -188,17 +188,14 @@ class WorkerActor:
         return None, {name: value.detach().cpu().clone() for name, value in stored.items()}
 
     async def evaluate(self, turn: int, last: bool) -> dict[str, float]:
-        """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end."""
+        """See :func:`temper.evaluation.evaluate_splits`; `last`: at the end of the phase."""
         await self._turn(turn)
         return await self._downpour.use(lambda: self._evaluate(last))
 
     def _evaluate(self, last: bool) -> dict[str, float]:
-        held_out = self._spec.plan.data.validation_examples > 0
-        values = {f"eval/{key}": value for key, value in self._on("validation" if held_out else "test").items()}
-        if last:
-            tested = self._on("test") if held_out else {key.removeprefix("eval/"): v for key, v in values.items()}
-            values |= {f"test/{key}": value for key, value in tested.items()}
-        return values
+        from temper.evaluation import evaluate_splits
+
+        return evaluate_splits(self._on, self._spec.plan.data.validation_examples > 0, last)
 
     def _on(self, split: SplitName) -> dict[str, float]:
         from temper.data.batches import eval_batches
@@ -226,8 +223,7 @@ class WorkerActor:
         plan = self._spec.plan
         job = plan.job
         batches = train_batches(
-            # Which ticket comes next is not known, so no process can prepare it ahead.
-            job.data.model_copy(update={"loader_processes": 0}),
+            job.data,
             self._splits["train"],
             plan.data,
             seed=job.seed,
