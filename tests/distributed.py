@@ -22,14 +22,14 @@ import torch.multiprocessing as mp
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(rank, *args)` on each rank; raises what the first failing rank raised, with its traceback."""
-    _start_server()
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, folder, function, args)
         mp.start_processes(_rank, args=arguments, nprocs=world_size, join=True, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Starts the process that ranks are forked from; does nothing the second time. Python 3.11 does not tell it where
     modules are looked for."""
     forkserver.set_forkserver_preload(["preloaded"])

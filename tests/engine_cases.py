@@ -136,7 +136,7 @@ def build_engine(
     return engine_of(model, cross_entropy, job, batch, mesh, groups, config), batch
 
 
-def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int) -> StepResult:
+def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int, *, lr_factor: float = 1.0) -> StepResult:
     """Step `number` (0-based) on this rank's rows, laid out as data.batches does."""
     inputs, targets = build_batches()[number]
     chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
@@ -146,7 +146,8 @@ def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int) -> 
             for index in range(batch.accumulation)
         ]
     )
-    return engine.step(inputs[rows], targets[rows], lr=OPTIMIZERS[case.optimizer]["lr"], seed=number)
+    lr = OPTIMIZERS[case.optimizer]["lr"] * lr_factor
+    return engine.step(inputs[rows], targets[rows], lr=lr, seed=number)
 
 
 def save(engine: DeepSpeedEngine, folder: Path, number: int) -> Path:

@@ -19,7 +19,7 @@ from temper.errors import EXIT_DONE, EXIT_WRONG_JOB
 from temper.plan import probe
 from temper.plan.build import build_plan
 from temper.plan.mesh import ClusterShape
-from temper.plan.probe import ModelFacts
+from temper.plan.probe import ModelFacts, PrunableWeight
 
 JOBS = (
     {
@@ -54,6 +54,16 @@ JOBS = (
         "loss": {"kind": "cross_entropy", "label_smoothing": 0.1},
         "optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.01},
         "budget": {"epochs": 2.5},
+        "dsd": {
+            "rounds": [
+                {"sparsity": 0.3, "sparse_epochs": 1.5, "redense_steps": 9, "redense_lr_factor": 0.5},
+                {"structure": "2:4", "criterion": "random", "sparse_steps": 8, "redense_steps": 7},
+            ],
+            "sparse_lr_factor": 0.5,
+            "schedule": {"kind": "linear", "warmup_steps": 2, "final_factor": 0.1},
+            "optimizer_state": "kept",
+            "exclude_first_conv": False,
+        },
     },
 )
 REQUIRED = (
@@ -70,9 +80,11 @@ REQUIRED = (
 # No field of a job takes any of these, whatever its type; text is wrong in all fields but those of TEXT.
 NEVER = [{"x": 1}, [[1]], -1, -0.5, 10**50, math.nan, math.inf, -math.inf, True, [{}], {"kind": None}]
 TEXT = {"name", "storage", "tracking.experiment", "tracking.uri"}
-FLAGS = {"optimizer.nesterov", "tracking.system_metrics"}
+FLAGS = {"optimizer.nesterov", "tracking.system_metrics", "dsd.exclude_first_conv"}
 CLUSTER = ClusterShape(nodes=1, cpus=8.0, gpus=0.0)
-FACTS = ModelFacts(1000, 1000, (600, 400), 0, 64, 2000, None)
+FACTS = ModelFacts(
+    1000, 1000, (600, 400), 0, 64, 2000, None, prunable=(PrunableWeight("fc.weight", (20, 20), "linear"),)
+)
 
 
 def fuzz(examples):

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from distributed import run_distributed
 from engine_cases import Case, build_engine, build_net, load, reference, save, step, train_case
-from temper.checkpoint import BUFFER, MASTER, CheckpointReader, model_state
+from temper.checkpoint import BUFFER, MASK, MASTER, CheckpointReader, model_state
+from temper.engine.base import EngineState
+from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel.groups import MeshGroups, build_groups
+from temper.plan.phases import PhasePlan, Pruning
+from temper.techniques.dsd.border import begin_phase
 
 HALF, END = 3, 6
 # The scale grows after steps 3 and 5; the second time only if the scaler's counters go on, too.
@@ -51,7 +55,11 @@ ARITHMETIC = {
     "fp32 SGD": {"optimizer": "sgd"},
     "fp32 Adam": {"optimizer": "adam"},
     "fp16 AdamW": {"optimizer": "adamw", "dtype": "fp16", "scale": SCALE},
+    "fp16 AdamW under masks": {"optimizer": "adamw", "dtype": "fp16", "scale": SCALE},
 }
+SPARSE = PhasePlan(
+    "sparse-1", "sparse", 0, END, 0.1, "", {}, Pruning("weights", "magnitude", {"3.weight": 0.5, "7.weight": 0.3}, 0)
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,12 @@ NAMES = list(MESHES)
 # Every mesh comes before and after several others.
 MOVES = [
     Move(source, NAMES[(place + distance) % len(NAMES)], arithmetic)
-    for arithmetic, distances in {"fp32 SGD": (1, 5), "fp32 Adam": (2,), "fp16 AdamW": (4,)}.items()
+    for arithmetic, distances in {
+        "fp32 SGD": (1, 5),
+        "fp32 Adam": (2,),
+        "fp16 AdamW": (4,),
+        "fp16 AdamW under masks": (3,),
+    }.items()
     for distance in distances
     for place, source in enumerate(NAMES)
 ]
@@ -131,11 +144,18 @@ def _unbroken(meshes: list[str], folder: Path) -> Started:
     for mesh, arithmetic in itertools.product(meshes, ARITHMETIC):
         case, place = _case(mesh, arithmetic), folder / mesh / arithmetic
         engine, batch = build_engine(case, groups[mesh])
+        if arithmetic.endswith("under masks"):
+            _enter_sparse_phase(engine, save(engine, place, 0))
         scales = _train(case, engine, batch, 0, HALF)
         half = save(engine, place, HALF)
         scales += _train(case, engine, batch, HALF, END)
         results[mesh, arithmetic] = Run(half, save(engine, place, END), scales)
     return results
+
+
+def _enter_sparse_phase(engine: DeepSpeedEngine, folder: Path) -> None:
+    start = begin_phase(folder, SPARSE)
+    engine.load(start, EngineState(**start.state["engine"]))
 
 
 def _start(rank: int, meshes: list[str], same: list[Case], folder: Path) -> tuple[Any, Any]:
@@ -192,8 +212,8 @@ def moved(started: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Move, 
 
 
 def tensors(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Everything in a checkpoint, whole: masters, moments and buffers."""
-    kinds = (MASTER, BUFFER, *reader.moments())
+    """Everything in a checkpoint, whole: masters, moments, masks and buffers."""
+    kinds = (MASTER, BUFFER, MASK, *reader.moments())
     return {f"{kind}/{name}": reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
 
 
@@ -258,8 +278,20 @@ def test_what_it_saves_is_what_one_process_has(started: Started, mesh: str, arit
 
 @pytest.mark.parametrize("move", MOVES, ids=str)
 def test_another_mesh_loses_no_bit(started: Started, moved: dict[Move, Run], move: Move) -> None:
-    """Masters, moments, buffers, the optimizer's step and the loss scaler, loaded and written again."""
+    """Masters, moments, masks, buffers, the optimizer's step and the loss scaler, loaded and written again."""
     assert_same(started[move.source, move.arithmetic].half, moved[move].half)
+
+
+@pytest.mark.parametrize("move", [move for move in MOVES if move.arithmetic.endswith("under masks")], ids=str)
+def test_another_mesh_goes_on_under_the_same_masks(started: Started, moved: dict[Move, Run], move: Move) -> None:
+    before, after = CheckpointReader(started[move.source, move.arithmetic].half), CheckpointReader(moved[move].end)
+    assert SPARSE.pruning is not None
+    assert after.names(MASK) == list(SPARSE.pruning.layers)
+    for name, share in SPARSE.pruning.layers.items():
+        mask, weight = after.full(MASK, name), after.full(MASTER, name)
+        assert torch.equal(mask, before.full(MASK, name))
+        assert int((~mask).sum()) == round(mask.numel() * share)
+        assert torch.equal(weight == 0, ~mask)
 
 
 @pytest.mark.parametrize("move", MOVES, ids=str)

@@ -9,10 +9,11 @@ A checkpoint is a folder `step-00000500/`:
     records.jsonl            the records since the checkpoint before it (see tracking.history)
     manifest.json            size and SHA-256 of each file; written last, atomically
 
-`kind` is `master` (fp32 weights), `buffer`, or the name of an optimizer's moment. `start` counts in the flattened
-tensor, or in the flattened part of it that the cut describes. A reader assembles any range of any tensor from whatever
-ranges were written, so a run resumes on any other topology. Nothing is pickled. Without a manifest, or where a file
-differs from it, a checkpoint does not exist.
+`kind` is `master` (fp32 weights), `buffer`, `mask` (true where a weight is kept), or the name of an optimizer's moment.
+`start` counts in the flattened tensor, or in the flattened part of it that the cut describes. Truth values are stored
+eight to a byte, under a key that ends in `<start>+<number of values>`. A reader assembles any range of any tensor from
+whatever ranges were written, so a run resumes on any other topology. Nothing is pickled. Without a manifest, or where a
+file differs from it, a checkpoint does not exist.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -43,8 +45,9 @@ STATE = "state.json"
 RECORDS = "records.jsonl"
 MASTER = "master"
 BUFFER = "buffer"
+MASK = "mask"
 _FOLDER = re.compile(r"^step-(\d{8,})$")
-_KEY = re.compile(r"^(?P<kind>[^/]+)/(?P<name>[^@]+)(@(?P<cut>\d+:[\d,-]+))?/(?P<start>\d+)$")
+_KEY = re.compile(r"^(?P<kind>[^/]+)/(?P<name>[^@]+)(@(?P<cut>\d+:[\d,-]+))?/(?P<start>\d+)(\+(?P<packed>\d+))?$")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Shard:
     cut: Cut | None = None
 
     def key(self, kind: str) -> str:
-        return f"{kind}/{self.name}{_cut_text(self.cut)}/{self.start}"
+        tensor = self.tensors[kind]
+        packed = f"+{tensor.numel()}" if tensor.dtype == torch.bool else ""
+        return f"{kind}/{self.name}{_cut_text(self.cut)}/{self.start}{packed}"
 
 
 def _cut_text(cut: Cut | None) -> str:
@@ -87,9 +92,7 @@ def write_shards(folder: Path, rank: int, shards: Sequence[Shard]) -> None:
     """Writes a rank's shards and, beside them, their size and digest for the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        shard.key(kind): tensor.detach().cpu().contiguous()
-        for shard in shards
-        for kind, tensor in shard.tensors.items()
+        shard.key(kind): _stored(tensor.detach().cpu()) for shard in shards for kind, tensor in shard.tensors.items()
     }
     path = folder / f"rank-{rank:05d}.safetensors"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -97,6 +100,20 @@ def write_shards(folder: Path, rank: int, shards: Sequence[Shard]) -> None:
     sync(temporary)
     os.replace(temporary, path)
     write_json(_digest_path(folder, rank), {path.name: _describe(path)})
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return pack_bits(tensor) if tensor.dtype == torch.bool else tensor.contiguous()
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Flat truth values as bytes; the first is the lowest bit of the first byte."""
+    return torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
+
+
+def unpack_bits(bits: Tensor, number: int) -> Tensor:
+    """The first `number` truth values in `bits`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=number, bitorder="little").view(np.bool_))
 
 
 def write_manifest(
@@ -197,6 +214,7 @@ class _Range:
     stop: int
     file: int
     key: str
+    packed: bool
 
 
 class CheckpointReader:
@@ -228,9 +246,10 @@ class CheckpointReader:
             if match is None or match["name"] not in self.shapes:
                 raise CheckpointError(f"{self.folder}: unexpected tensor {key!r}")
             start = int(match["start"])
-            stop = start + file.get_slice(key).get_shape()[0]
+            packed = match["packed"] is not None
+            stop = start + (int(match["packed"]) if packed else file.get_slice(key).get_shape()[0])
             place = match["kind"], match["name"], _parse_cut(match["cut"], self.shapes[match["name"]])
-            self._ranges.setdefault(place, []).append(_Range(start, stop, index, key))
+            self._ranges.setdefault(place, []).append(_Range(start, stop, index, key, packed))
 
     @property
     def step(self) -> int:
@@ -243,7 +262,7 @@ class CheckpointReader:
 
     def moments(self) -> list[str]:
         """Kinds of the optimizer's moments in this checkpoint."""
-        return sorted({kind for kind, *_ in self._ranges} - {MASTER, BUFFER})
+        return sorted({kind for kind, *_ in self._ranges} - {MASTER, BUFFER, MASK})
 
     def read(self, kind: str, name: str, start: int = 0, numel: int | None = None, cut: Cut | None = None) -> Tensor:
         """The flat range `[start, start + numel)` of a tensor, or of the part of it that `cut` describes; by default
@@ -287,12 +306,19 @@ class CheckpointReader:
             if item.stop <= position or item.start > position:
                 continue
             end = min(stop, item.stop)
-            yield self._files[item.file].get_slice(item.key)[position - item.start : end - item.start]
+            yield self._values(item, position - item.start, end - item.start)
             position = end
             if position >= stop:
                 return
         if position < stop or start == stop:
             raise CheckpointError(f"{self.folder}: no rank wrote {kind} of {name} at {position}")
+
+    def _values(self, item: _Range, first: int, stop: int) -> Tensor:
+        values = self._files[item.file].get_slice(item.key)
+        if not item.packed:
+            return values[first:stop]
+        begin = first // 8
+        return unpack_bits(values[begin : -(-stop // 8)], stop - 8 * begin)[first - 8 * begin :]
 
     def full(self, kind: str, name: str) -> Tensor:
         """A whole tensor in its own shape."""

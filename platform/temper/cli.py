@@ -13,10 +13,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from temper import __version__
 from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, TemperError
+
+if TYPE_CHECKING:
+    from temper.launch.train import PhaseResult
 
 DESCRIPTION = "temper trains networks well and cheaply on a Ray cluster."
 
@@ -85,6 +88,9 @@ def _train(options: argparse.Namespace) -> None:
     result = launch_train(job, folder, how)
     reused = " (every phase reused; --fresh trains again)" if result.status == "reused" else ""
     _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
+    if len(result.phases) > 1:
+        for phase in result.phases:
+            _say(_phase_line(phase))
     for name, value in sorted(result.metrics.items()):
         if name.startswith(("eval/", "test/")):
             _say(f"  {name:<24} {value:.4f}")
@@ -92,6 +98,12 @@ def _train(options: argparse.Namespace) -> None:
     where = f"--uri {job.tracking.uri}" if job.tracking.uri else f"--storage {job.storage}"
     _say(f"  MLflow run               {result.run_id}; look at it with: {_program()} ui {where}")
     _print_json(options, result.to_dict())
+
+
+def _phase_line(phase: PhaseResult) -> str:
+    took = "reused" if phase.reused else f"{phase.seconds:.1f} s"
+    tests = [f"{name} {value:.4f}" for name, value in sorted(phase.metrics.items()) if name.startswith("test/")]
+    return "  ".join([f"  {phase.name:<12}{phase.steps:>8} steps{took:>11}", *tests])
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -117,7 +129,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> None:
     from temper.export import evaluate_product, find_product
 
-    product = find_product(options.reference, Path(options.storage))
+    product = find_product(options.reference, Path(options.storage), options.phase)
     metrics = evaluate_product(product)
     for name, value in sorted(metrics.items()):
         _say(f"{name:<24} {value:.4f}")
@@ -129,8 +141,19 @@ def _export(options: argparse.Namespace) -> None:
 
     product = find_product(options.reference, Path(options.storage), options.phase)
     result = export_product(product, Path(options.to))
-    _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors")
+    pruned = f", {result['pruned']:,} of them pruned" if result["pruned"] else ""
+    _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors{pruned}")
     _print_json(options, result)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from temper.export import find_folder
+    from temper.tracking.report import write_report
+
+    folder = find_folder(options.reference, Path(options.storage), "RUN")
+    path = write_report(folder, Path(options.to) if options.to else None)
+    _say(f"report in {path}")
+    _print_json(options, {"file": str(path)})
 
 
 def _ui(options: argparse.Namespace) -> int:
@@ -197,14 +220,17 @@ def _parser() -> argparse.ArgumentParser:
     export = _add_command(commands, "export", _export, "write a run's model for plain PyTorch")
     for command in (evaluate, export):
         command.add_argument("reference", metavar="RUN|CHECKPOINT", help="MLflow run id, or a folder")
-    export.add_argument("--phase", help="a phase of the run; default: the last")
+        command.add_argument("--phase", help="a phase of the run; default: the last")
     export.add_argument("--to", required=True, metavar="DIR", help="folder for model.safetensors, job.yaml, README.md")
+    report = _add_command(commands, "report", _report, "write a page on a run, with its figures")
+    report.add_argument("reference", metavar="RUN", help="MLflow run id, or a run's folder")
+    report.add_argument("--to", metavar="FILE", help="HTML file; default: report.html in the run's folder")
     ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")
     ui.add_argument("--uri", help="a job's tracking.uri; default: MLFLOW_TRACKING_URI, else the storage's database")
     ui.add_argument("--port", type=int, default=5000)
     ui.add_argument("--no-browser", action="store_true", help="only serve")
     doctor = _add_command(commands, "doctor", _doctor, "check this machine and name each fault with its remedy")
-    for command in (evaluate, export, ui, doctor):
+    for command in (evaluate, export, report, ui, doctor):
         command.add_argument("--storage", default="./runs", help="where the runs are (default: ./runs)")
     return parser
 

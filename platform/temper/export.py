@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from temper.checkpoint import CheckpointReader, check_checkpoint, list_checkpoints, model_state
-from temper.config.load import load_job
+from temper.checkpoint import MASK, CheckpointReader, check_checkpoint, list_checkpoints, model_state
+from temper.config.load import job_to_yaml, load_job
 from temper.config.schema import JobConfig
 from temper.data.batches import eval_batches
 from temper.data.sources import load_split
@@ -26,6 +26,9 @@ from temper.models.build import build_model
 from temper.plan.facts import DataFacts, data_facts
 from temper.run_folder import CHECKPOINTS, JOB, PHASE_MANIFEST, PLAN, RUN
 from temper.targets import apply_target_folders
+
+MODEL = "model.safetensors"
+MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,18 @@ class Product:
 def find_product(reference: str, storage: Path, phase: str | None = None) -> Product:
     """What `RUN|CHECKPOINT` means: an MLflow run id, or the folder of a run, a phase or a checkpoint.
 
+    `phase` names one of a run's phases; by default it is the last. The job is that of the run, also where another one
+    computed the phase.
+
     Raises:
         JobError: there is no such thing, or the run has no such phase.
         CheckpointError: its checkpoint is missing or damaged.
     """
-    folder = _find_folder(reference, storage)
-    if folder.parent.name == CHECKPOINTS:
-        return _product(folder.parent.parent, folder)
+    folder = find_folder(reference, storage)
+    if _is_phase(folder) or folder.parent.name == CHECKPOINTS:
+        if phase is not None:
+            raise JobError([Problem("--phase", phase, f"names a phase of a run, and {folder} is none", "leave it out")])
+        return _product(folder, None) if _is_phase(folder) else _product(folder.parent.parent, folder)
     plan = read_json(folder / PLAN)
     if plan is None:
         rule = "is neither a run, nor a phase, nor a checkpoint"
@@ -59,18 +67,23 @@ def find_product(reference: str, storage: Path, phase: str | None = None) -> Pro
     name = phase or list(phases)[-1]
     if name not in phases:
         raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
-    is_phase = folder.name in phases.values() or (folder / CHECKPOINTS).is_dir()
-    return _product(folder if is_phase else folder.parent / "phases" / phases[name], None)
+    product = _product(folder.parent / "phases" / phases[name], None)
+    return replace(product, job=load_job(folder / JOB), import_folders=tuple(plan.get("import_folders", ())))
 
 
-def _find_folder(reference: str, storage: Path) -> Path:
+def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> Path:
+    """The folder that `reference` is, or that of the run with this MLflow id. Raises JobError where there is none."""
     if Path(reference).is_dir():
         return Path(reference).absolute()
     for record in sorted(storage.glob(f"*/{RUN}")):
         if (read_json(record) or {}).get("run_id") == reference:
             return record.parent.absolute()
     rule = f"is no folder, and no run in {storage} has this id"
-    raise JobError([Problem("RUN|CHECKPOINT", reference, rule, "name the storage of the run with --storage")])
+    raise JobError([Problem(key, reference, rule, "name the storage of the run with --storage")])
+
+
+def _is_phase(folder: Path) -> bool:
+    return folder.parent.name == "phases" or (folder / CHECKPOINTS).is_dir()
 
 
 def _product(phase_folder: Path, folder: Path | None) -> Product:
@@ -129,20 +142,36 @@ def evaluate_product(product: Product) -> dict[str, float]:
 
 
 def export_product(product: Product, to: Path) -> dict[str, Any]:
-    """Writes `model.safetensors`, `job.yaml` and the model card `README.md` into `to`, each whole or not at all."""
+    """Writes `model.safetensors`, `job.yaml` and the model card `README.md` into `to`, each whole or not at all.
+
+    Of a sparse phase also `masks.safetensors`: by the names of the pruned weights, true where a weight is kept.
+    """
     model, facts = load_model(product)
+    reader = CheckpointReader(product.checkpoint)
+    masks = {name: reader.full(MASK, name).contiguous() for name in reader.names(MASK)}
     to.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = to / f".model.{os.getpid()}.safetensors"
-    save_file(weights, temporary, metadata={"format": "pt", "temper.fingerprint": product.fingerprint})
-    os.replace(temporary, to / "model.safetensors")
-    (to / JOB).write_text((product.checkpoint.parent.parent / JOB).read_text())
-    (to / "README.md").write_text(_model_card(product, facts, model))
+    _save(weights, to / MODEL, product)
+    if masks:
+        _save(masks, to / MASKS, product)
+    else:
+        # Of another phase that was exported into the same folder.
+        (to / MASKS).unlink(missing_ok=True)
+    (to / JOB).write_text(job_to_yaml(product.job))
+    (to / "README.md").write_text(_model_card(product, facts, model, masks))
     num_parameters = sum(param.numel() for param in model.parameters())
-    return {"folder": str(to), "parameters": num_parameters, "tensors": len(weights), "metrics": product.metrics}
+    num_pruned = sum(int((~mask).sum()) for mask in masks.values())
+    counts = {"parameters": num_parameters, "pruned": num_pruned, "tensors": len(weights)}
+    return {"folder": str(to), "phase": product.phase, **counts, "metrics": product.metrics}
 
 
-def _model_card(product: Product, facts: DataFacts, model: nn.Module) -> str:
+def _save(tensors: dict[str, Tensor], path: Path, product: Product) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
+    save_file(tensors, temporary, metadata={"format": "pt", "temper.fingerprint": product.fingerprint})
+    os.replace(temporary, path)
+
+
+def _model_card(product: Product, facts: DataFacts, model: nn.Module, masks: dict[str, Tensor]) -> str:
     job = product.job
     metrics = {name: value for name, value in product.metrics.items() if name.startswith(("eval/", "test/"))}
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
@@ -174,5 +203,27 @@ where `model` is
 
 ```
 {model}
+```
+{_masks_section(masks) if masks else ""}"""
+
+
+def _masks_section(masks: dict[str, Tensor]) -> str:
+    rows = "\n".join(f"| `{name}` | {int((~mask).sum()):,} of {mask.numel():,} |" for name, mask in masks.items())
+    return f"""
+## Pruned weights
+
+Pruned weights are exactly zero in `model.safetensors`; `masks.safetensors` is true where a weight is kept.
+
+| weight | pruned |
+|---|---|
+{rows}
+
+To train on without them, begin with a new optimizer, and keep their gradients at zero: no step of SGD, Adam, AdamW or
+Adagrad then moves them, with momentum and weight decay or without.
+
+```python
+weights = dict(model.named_parameters())
+for name, kept in load_file("masks.safetensors").items():
+    weights[name].register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))
 ```
 """

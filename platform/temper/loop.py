@@ -35,9 +35,9 @@ MOST_BACK_OFFS = 3
 class TrainState:
     """All that is resumable beside tensors.
 
-    `step` counts global batches, `applied` those whose updates are in the weights, `undone` those whose updates were
-    taken back; `seconds` is the time that steps took. `back_offs` counts returns to a checkpoint, `back_offs_in_row`
-    those since the last applied step.
+    `step` counts global batches over all phases, `applied` those whose updates are in the weights, `undone` those whose
+    updates were taken back; `applied_before` is what `applied` was where the phase began, and `seconds` the time that
+    its steps took. `back_offs` counts returns to a checkpoint, `back_offs_in_row` those since the last applied step.
     """
 
     step: int = 0
@@ -46,6 +46,7 @@ class TrainState:
     undone: int = 0
     back_offs: int = 0
     back_offs_in_row: int = 0
+    applied_before: int = 0
 
     @property
     def skipped(self) -> int:
@@ -59,6 +60,10 @@ class TrainState:
             seconds=self.seconds + seconds,
             back_offs_in_row=0 if result.applied else self.back_offs_in_row,
         )
+
+    def in_next_phase(self) -> TrainState:
+        """The state with which the phase after this one begins."""
+        return replace(self, seconds=0.0, back_offs_in_row=0, applied_before=self.applied)
 
     def backed_off_to(self, good: TrainState) -> TrainState:
         """The state with the weights of `good`; the batches since then are not trained on again."""
@@ -137,7 +142,7 @@ class Reporter:
 
     Losses stay on the device until then and are averaged over the ranks in one collective. All ranks must report
     together; when the next report is due is decided by rank 0 and travels in that same collective, as does a request
-    to stop. It depends on the clock, but no record's content does, nor any weight.
+    to stop. It depends on the clock, but no record's content does, nor any weight. `constants` are in every record.
     """
 
     def __init__(
@@ -151,10 +156,12 @@ class Reporter:
         global_batch: int,
         record_every: int,
         device: torch.device,
+        constants: Mapping[str, float] | None = None,
     ) -> None:
         self._report, self._stop_requested = report, stop_requested
         self._rank, self._world_size, self._device = rank, world_size, device
         self._global_batch, self._record_every = global_batch, record_every
+        self._constants = dict(constants or {})
         self._pending: list[_Entry] = []
         self._extra: dict[int, dict[str, float]] = {}
         self._events: dict[int, list[str]] = {}
@@ -165,7 +172,7 @@ class Reporter:
 
     def add(self, state: TrainState, result: StepResult, lr: float) -> None:
         """Notes one step; nothing is computed that the device would have to be waited for."""
-        values = {"train/lr": lr}
+        values = {"train/lr": lr, **self._constants}
         if result.loss_scale is not None:
             values |= {"precision/loss_scale": result.loss_scale, "precision/skipped_steps": float(state.skipped)}
         if state.back_offs:
@@ -261,8 +268,8 @@ def train(
 ) -> TrainState:
     """Trains from `state` to the calendar's last step.
 
-    `lr_at` takes the number of *applied* steps: a step skipped on fp16 overflow does not advance the schedule. `watch`
-    looks at every step when it is over; `recover` decides where the loss scale is at its end.
+    `lr_at` takes the number of the phase's *applied* steps: one skipped on fp16 overflow does not advance the schedule.
+    `watch` looks at every step when it is over; `recover` decides where the loss scale is at its end.
 
     Raises:
         Interrupted: a stop was asked for; `save` was called with the state reached.
@@ -270,7 +277,7 @@ def train(
     """
     started = time.perf_counter()
     for batch, _ in batches:
-        lr, own_seed = lr_at(state.applied), step_seed(seed, state.step, rank)
+        lr, own_seed = lr_at(state.applied - state.applied_before), step_seed(seed, state.step, rank)
         result = engine.step(batch.inputs, batch.targets, lr=lr, seed=own_seed)
         state = state.after(result, time.perf_counter() - started)
         with reporter.paused():

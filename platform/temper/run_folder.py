@@ -18,6 +18,7 @@ STOP = "stop"  # its presence asks the workers to save and stop
 HISTORY = "history.jsonl"  # of a phase: one record a step
 CHECKPOINTS = "checkpoints"
 PHASE_MANIFEST = "phase.json"  # of a phase; there only when the phase is complete
+WEIGHTS = "weights.json"  # of a sparse or re-dense phase: what came of the weights
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,19 @@ class TraceSpec:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker is told. `import_folders` are searched for `kind: python` targets."""
+    """All that a worker is told. `phases` are those to be run, in their order; `import_folders` are searched for
+    `kind: python` targets."""
 
     plan: Plan
-    phase: PhasePlan
+    phases: tuple[PhasePlan, ...]
     import_folders: tuple[str, ...]
 
     @property
     def run_folder(self) -> Path:
         return self.plan.run_folder
 
-    @property
-    def phase_folder(self) -> Path:
-        return self.plan.phase_folder(self.phase)
+    def phase_folder(self, phase: PhasePlan) -> Path:
+        return self.plan.phase_folder(phase)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.phase_folder / CHECKPOINTS
+    def checkpoints(self, phase: PhasePlan) -> Path:
+        return self.phase_folder(phase) / CHECKPOINTS

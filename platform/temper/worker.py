@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
+from temper.errors import RunError
 from temper.evaluation import evaluate, evaluate_splits
-from temper.files import write_json
+from temper.files import read_json, write_json
 from temper.locks import awaited
 from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
 from temper.losses import build_loss
@@ -35,29 +36,53 @@ from temper.metrics import build_metrics
 from temper.models.build import build_model
 from temper.parallel.groups import MeshGroups, build_groups
 from temper.plan.build import Plan
+from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
 from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, WorkerSpec
-from temper.schedules import build_schedule
 from temper.targets import apply_target_folders
+from temper.techniques.dsd.border import begin_phase
+from temper.techniques.dsd.sparsity import count_zeros, latest_pruning, sparsity_metrics
+from temper.techniques.dsd.summary import summarize, write_summary
 from temper.verify import trace
 
+Report = Callable[[str, list[Record]], None]
+"""Takes the name of a phase and records of it. All ranks call it together; only rank 0 has records."""
 
-def work(spec: WorkerSpec, report: Callable[[list[Record]], None]) -> None:
-    """Trains one phase on this rank, resuming from its newest sound checkpoint. Collective over all workers."""
+
+def work(spec: WorkerSpec, report: Report) -> None:
+    """Trains the spec's phases on this rank, one after the other; the first that is not complete resumes from its
+    newest sound checkpoint. Collective over all workers."""
     rank = int(os.environ["RANK"])
     _redirect_output(spec.run_folder / "logs" / f"rank-{rank}.log")
     apply_target_folders([Path(folder) for folder in spec.import_folders])
     stage = _stage_writer(spec.run_folder, rank)
     stage(f"loading {spec.plan.job.data.kind}")
     prepare(spec.plan.mesh.device)
-    earlier = awaited(spec.plan.lock(spec.phase, rank), lambda: stage("waiting for the end of an earlier attempt"))
     try:
-        with earlier, _process_group(spec.plan.mesh.device):
-            _Worker(spec, rank, stage).run(report)
+        with ExitStack() as earlier:
+            for phase in spec.phases:
+                lock = spec.plan.lock(phase, rank)
+                earlier.enter_context(awaited(lock, lambda: stage("waiting for the end of an earlier attempt")))
+            with _process_group(spec.plan.mesh.device):
+                worker = _Worker(spec, rank, stage)
+                incomplete = _incomplete(spec)
+                for phase in spec.phases:
+                    if phase in incomplete:
+                        worker.run(phase, partial(report, phase.name))
+                    else:
+                        # It may have ended with its last report not yet heard.
+                        report(phase.name, worker.last_records(phase))
     except Exception as error:
         # Ray Train takes the traceback off on the way to the controller; a note stays.
         error.add_note(traceback.format_exc())
         raise
+
+
+def _incomplete(spec: WorkerSpec) -> list[PhasePlan]:
+    """The phases that an attempt before this one has not completed, as rank 0 sees them."""
+    found = [{phase.name for phase in spec.phases if not (spec.phase_folder(phase) / PHASE_MANIFEST).exists()}]
+    dist.broadcast_object_list(found, src=0)
+    return [phase for phase in spec.phases if phase.name in found[0]]
 
 
 def trace_work(spec: TraceSpec) -> None:
@@ -88,9 +113,8 @@ def _trace(plan: Plan, folder: Path, steps: int, groups: MeshGroups) -> None:
         first_step=0,
         last_step=steps,
     )
-    factor = build_schedule(job.optimizer.schedule, plan.steps)
     parts = ((batch.inputs, batch.targets) for batch, _ in batches)
-    trace(engine, model, parts, folder, lr_at=lambda applied: job.optimizer.lr * factor(applied), seed=job.seed)
+    trace(engine, model, parts, folder, lr_at=learning_rate(job, plan.phases[0]), seed=job.seed)
 
 
 class _Worker:
@@ -107,16 +131,23 @@ class _Worker:
         self.loss: LossFunction = build_loss(job.loss)
         model = build_model(job.model, plan.data, job.seed)
         self.groups = build_groups(plan.mesh.data, plan.mesh.pipeline, plan.mesh.tensor)
-        self.engine = build_engine(model, self.loss, job, plan.batch, plan.mesh, self.groups, spec.phase.deepspeed)
+        config = spec.phases[0].deepspeed
+        self.engine = build_engine(model, self.loss, job, plan.batch, plan.mesh, self.groups, config)
+
+    def last_records(self, phase: PhasePlan) -> list[Record]:
+        """Rank 0's: what a complete phase's last checkpoint has."""
+        return checkpoint.CheckpointReader(self._end_of(phase)).records() if self.rank == 0 else []
 
     @cached_property
     def _metrics(self) -> Any:
         """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
         return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device, self.groups.data)
 
-    def run(self, report: Callable[[list[Record]], None]) -> None:
-        job, plan, phase = self.plan.job, self.plan, self.spec.phase
-        state, records = self._restore()
+    def run(self, phase: PhasePlan, report: Callable[[list[Record]], None]) -> None:
+        """Trains `phase` to its end, from its newest sound checkpoint or else from the end of the phase before."""
+        job, plan = self.plan.job, self.plan
+        restored = self._restore(phase)
+        state, records = restored or (self._enter(phase), [])
         report(records if self.rank == 0 else [])
         reporter = Reporter(
             report,
@@ -127,24 +158,25 @@ class _Worker:
             global_batch=plan.batch.global_batch,
             record_every=job.tracking.record_every,
             device=self.engine.device,
+            constants={"phase": float(plan.phases.index(phase))},
         )
-        factor = build_schedule(job.optimizer.schedule, phase.steps)
-        self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
+        if state.step == 0 or restored:
+            self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
         state = train(
             self.engine,
-            self._train_batches(state.step),
+            self._train_batches(state.step, phase.last_step),
             state,
-            calendar=Calendar(phase.steps, job.budget.evaluate_every, job.budget.checkpoint_every),
-            lr_at=lambda applied: job.optimizer.lr * factor(applied),
+            calendar=Calendar(phase.last_step, job.budget.evaluate_every, job.budget.checkpoint_every),
+            lr_at=learning_rate(job, phase),
             seed=job.seed,
             rank=self.groups.data.rank,
             reporter=reporter,
-            evaluate=self._evaluate,
-            save=lambda reached: self._save(reached, reporter.take_segment()),
+            evaluate=partial(self._evaluate, phase),
+            save=lambda reached: self._save(phase, reached, reporter.take_segment()),
             watch=self._watch(),
-            recover=build_recovery(job.precision.at_min_scale, self._go_back),
+            recover=build_recovery(job.precision.at_min_scale, partial(self._go_back, phase)),
         )
-        self._finish(state)
+        self._finish(phase, state)
 
     def _watch(self) -> Watch:
         """Only fp16 has a loss scale to be looked at, and only a rank with the whole model can run it again."""
@@ -156,7 +188,7 @@ class _Worker:
         ranks = self.groups.data.process_group
         return TwinWatch(self.engine, self.loss, self.plan.batch.accumulation, ranks, precision.underflow_every)
 
-    def _train_batches(self, first_step: int) -> Iterator[tuple[Batch, DataState]]:
+    def _train_batches(self, first_step: int, last_step: int) -> Iterator[tuple[Batch, DataState]]:
         plan = self.plan
         return train_batches(
             plan.job.data,
@@ -167,12 +199,22 @@ class _Worker:
             rank=self.groups.data.rank,
             world_size=self.groups.data.size,
             first_step=first_step,
-            last_step=self.spec.phase.steps,
+            last_step=last_step,
         )
 
-    def _evaluate(self, step: int) -> Mapping[str, float]:
+    def _evaluate(self, phase: PhasePlan, step: int) -> Mapping[str, float]:
         held_out = self.plan.data.validation_examples > 0
-        return evaluate_splits(self._on, held_out, step == self.spec.phase.steps)
+        return {**evaluate_splits(self._on, held_out, step == phase.last_step), **self._sparsity(phase)}
+
+    def _sparsity(self, phase: PhasePlan) -> dict[str, float]:
+        """See :mod:`temper.techniques.dsd.sparsity`. Collective."""
+        pruning = latest_pruning(self.plan.phases, phase)
+        if pruning is None:
+            return {}
+        layers = list(pruning.layers)
+        zeros = count_zeros(self.engine.shards(), layers).to(self.engine.device)
+        dist.all_reduce(zeros)
+        return sparsity_metrics(zeros.tolist(), layers, self.engine.shapes())
 
     def _on(self, split: SplitName) -> dict[str, float]:
         batches = eval_batches(
@@ -187,61 +229,107 @@ class _Worker:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def _save(self, state: TrainState, records: list[Record]) -> None:
-        folder = checkpoint.checkpoint_folder(self.spec.checkpoints, state.step)
+    def _save(self, phase: PhasePlan, state: TrainState, records: list[Record]) -> None:
+        root = self.spec.checkpoints(phase)
+        folder = checkpoint.checkpoint_folder(root, state.step)
         shapes = self.engine.shapes()
         checkpoint.write_shards(folder, self.rank, self.engine.shards())
         dist.barrier()
         if self.rank == 0:
             scalars = {**asdict(state), "engine": asdict(self.engine.state())}
             checkpoint.write_manifest(folder, self.world_size, scalars, shapes, records)
-            checkpoint.prune_checkpoints(self.spec.checkpoints, self.plan.job.budget.keep_checkpoints)
+            checkpoint.prune_checkpoints(root, self.plan.job.budget.keep_checkpoints)
 
-    def _restore(self) -> tuple[TrainState, list[Record]]:
-        """The newest sound checkpoint's state and records; a damaged one is named and the one before it is used."""
-        for folder in self._candidates():
-            problems: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(problems, checkpoint.check_checkpoint(folder, self.rank, self.world_size))
-            found = [problem for problem in problems if problem]
-            if not found:
+    def _restore(self, phase: PhasePlan) -> tuple[TrainState, list[Record]] | None:
+        """The phase's newest sound checkpoint's state and records, None where there is none; a damaged one is named and
+        the one before it is used."""
+        for folder in self._candidates(phase):
+            problem = self._problem(folder)
+            if problem is None:
                 self.stage(f"loading {folder.name}")
-                return self._load(folder)
-            self.stage(f"refused {folder.name}: {found[0]}")
-        return TrainState(), []
+                reader = checkpoint.CheckpointReader(folder)
+                return self._load(reader), reader.records()
+            self.stage(f"refused {folder.name}: {problem}")
+        return None
 
-    def _candidates(self) -> list[Path]:
+    def _candidates(self, phase: PhasePlan) -> list[Path]:
         """Complete checkpoints, newest first, as rank 0 sees them."""
-        listed = [list(reversed(checkpoint.list_checkpoints(self.spec.checkpoints))) if self.rank == 0 else []]
+        listed = [list(reversed(checkpoint.list_checkpoints(self.spec.checkpoints(phase)))) if self.rank == 0 else []]
         dist.broadcast_object_list(listed, src=0)
         return listed[0]
 
-    def _load(self, folder: Path) -> tuple[TrainState, list[Record]]:
-        reader = checkpoint.CheckpointReader(folder)
-        self.engine.load(reader, EngineState(**reader.state["engine"]))
-        known = {field.name: reader.state[field.name] for field in fields(TrainState) if field.name in reader.state}
-        return TrainState(**known), reader.records()
+    def _problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, or None; each rank reads a part of it."""
+        problems: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(problems, checkpoint.check_checkpoint(folder, self.rank, self.world_size))
+        return next((problem for problem in problems if problem), None)
 
-    def _go_back(self) -> TrainState | None:
-        """Loads the newest sound checkpoint in the middle of the training; None where there is none."""
-        state, _ = self._restore()
+    def _load(self, reader: checkpoint.CheckpointReader) -> TrainState:
+        engine = EngineState(**reader.state["engine"])
+        self.engine.load(reader, engine)
+        known = {field.name: reader.state[field.name] for field in fields(TrainState) if field.name in reader.state}
+        return TrainState(**known)
+
+    def _enter(self, phase: PhasePlan) -> TrainState:
+        """Begins a phase with the last checkpoint of the one before it, also where that was trained just now: so the
+        result does not depend on it."""
+        before = self.plan.phase_before(phase)
+        if before is None:
+            return TrainState()
+        dist.barrier()  # until rank 0 has completed that checkpoint
+        folder = self._end_of(before)
+        problem = self._problem(folder)
+        if problem is not None:
+            raise RunError(
+                f"{phase.name} cannot begin with the end of {before.name}: {problem}; train it anew (--fresh)"
+            )
+        self.stage(
+            f"{phase.name}: " + ("choosing what is pruned" if phase.pruning else "all weights are trained again")
+        )
+        start = begin_phase(folder, phase, rank=self.rank, size=self.world_size, share=self._share)
+        return self._load(start).in_next_phase()
+
+    def _end_of(self, phase: PhasePlan) -> Path:
+        """The last checkpoint of a complete phase."""
+        folder = self.spec.phase_folder(phase)
+        return folder / read_json(folder / PHASE_MANIFEST)["checkpoint"]
+
+    def _share(self, own: Any) -> list[Any]:
+        """What every rank has, from what this rank has."""
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, own)
+        return parts
+
+    def _go_back(self, phase: PhasePlan) -> TrainState | None:
+        """Loads the phase's newest sound checkpoint in the middle of the training, or else where it began; None where
+        that is the beginning of all."""
+        restored = self._restore(phase)
+        state = restored[0] if restored else self._enter(phase)
         return state if state.step else None
 
-    def _finish(self, state: TrainState) -> None:
-        """Declares the phase complete. Its metrics are those of the last record, which the last checkpoint holds."""
-        if self.rank > 0:
-            return
-        folder = checkpoint.checkpoint_folder(self.spec.checkpoints, state.step)
-        last = checkpoint.CheckpointReader(folder).records()[-1]
-        manifest = {
-            "name": self.spec.phase.name,
-            "fingerprint": self.spec.phase.fingerprint,
-            "checkpoint": str(folder.relative_to(self.spec.phase_folder)),
-            "steps": state.step,
-            "skipped_steps": state.skipped,
-            "seconds": state.seconds,
-            "metrics": last["metrics"],
-        }
-        write_json(self.spec.phase_folder / PHASE_MANIFEST, manifest)
+    def _finish(self, phase: PhasePlan, state: TrainState) -> None:
+        """Declares the phase complete, with what came of its weights. Its metrics are those of the last record, which
+        the last checkpoint holds."""
+        folder = checkpoint.checkpoint_folder(self.spec.checkpoints(phase), state.step)
+        pruning, before = latest_pruning(self.plan.phases, phase), self.plan.phase_before(phase)
+        if pruning is not None and before is not None:
+            dist.barrier()  # until rank 0 has completed the checkpoint
+            layers, start = list(pruning.layers), self._end_of(before)
+            summary = summarize(phase, layers, start, folder, rank=self.rank, size=self.world_size, share=self._share)
+            if self.rank == 0:
+                write_summary(self.spec.phase_folder(phase), summary)
+        if self.rank == 0:
+            last = checkpoint.CheckpointReader(folder).records()[-1]
+            manifest = {
+                "name": phase.name,
+                "fingerprint": phase.fingerprint,
+                "checkpoint": str(folder.relative_to(self.spec.phase_folder(phase))),
+                "steps": phase.steps,
+                "skipped_steps": state.skipped,
+                "seconds": state.seconds,
+                "metrics": last["metrics"],
+            }
+            write_json(self.spec.phase_folder(phase) / PHASE_MANIFEST, manifest)
 
 
 @contextmanager

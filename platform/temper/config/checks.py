@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from temper.config.schema import JobConfig, ScheduleConfig
+from temper.config.schema import JobConfig, RoundConfig, ScheduleConfig
 from temper.errors import Problem
 
 _CLASS_METRICS = ("accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error")
@@ -85,27 +85,30 @@ def _check_optimizer(job: JobConfig) -> list[Problem]:
 
 
 def _check_schedule(job: JobConfig) -> list[Problem]:
-    schedule, key = job.optimizer.schedule, "optimizer.schedule"
+    schedule, steps = job.optimizer.schedule, job.budget.steps
+    problems = _check_decay("optimizer.schedule", schedule)
+    if steps is not None and schedule.warmup_steps >= steps:
+        rule, key = f"never ends: budget.steps is {steps}", "optimizer.schedule.warmup_steps"
+        problems.append(Problem(key, schedule.warmup_steps, rule, f"use at most {steps - 1}"))
+    return problems
+
+
+def _check_decay(key: str, schedule: ScheduleConfig) -> list[Problem]:
     problems = []
     if schedule.kind == "step" and not schedule.milestones:
         problems.append(Problem(f"{key}.milestones", [], "needs an entry for kind: step", "use e.g. [0.5, 0.75]"))
     if schedule.milestones != sorted(set(schedule.milestones)):
         ordered = sorted(set(schedule.milestones))
         problems.append(Problem(f"{key}.milestones", schedule.milestones, "must rise", f"use {ordered}"))
-    problems += _without_effect(schedule)
-    steps = job.budget.steps
-    if steps is not None and schedule.warmup_steps >= steps:
-        rule = f"never ends: budget.steps is {steps}"
-        problems.append(Problem(f"{key}.warmup_steps", schedule.warmup_steps, rule, f"use at most {steps - 1}"))
-    return problems
+    return problems + _without_effect(key, schedule)
 
 
-def _without_effect(schedule: ScheduleConfig) -> list[Problem]:
+def _without_effect(key: str, schedule: ScheduleConfig) -> list[Problem]:
     """Keys that the schedule's kind does not read; a value there is a mistake that nobody would notice."""
     readers = {"milestones": ("step",), "gamma": ("step",), "final_factor": ("cosine", "linear")}
     return [
         Problem(
-            f"optimizer.schedule.{name}",
+            f"{key}.{name}",
             getattr(schedule, name),
             f"has no effect with kind: {schedule.kind}",
             f"leave it out or use kind: {' or '.join(kinds)}",
@@ -265,6 +268,67 @@ def _check_budget(job: JobConfig) -> list[Problem]:
     return []
 
 
+def _check_dsd(job: JobConfig) -> list[Problem]:
+    if job.dsd is None:
+        return []
+    problems = [] if job.dsd.schedule is None else _check_decay("dsd.schedule", job.dsd.schedule)
+    for index, round_ in enumerate(job.dsd.rounds):
+        key = f"dsd.rounds.{index}"
+        problems += _check_length(key, round_, "sparse")
+        problems += _check_length(key, round_, "redense")
+        problems += _check_sparsity(key, round_)
+    return problems
+
+
+def _check_length(key: str, round_: RoundConfig, kind: str) -> list[Problem]:
+    steps, epochs = getattr(round_, f"{kind}_steps"), getattr(round_, f"{kind}_epochs")
+    if steps is None and epochs is None:
+        none = ", or 0 to end the round sparse" if kind == "redense" else ""
+        rule = f"is missing: the {kind} phase needs a length"
+        return [Problem(f"{key}.{kind}_steps", None, rule, f"give it, or {kind}_epochs{none}")]
+    if steps is not None and epochs is not None:
+        rule = f"is given beside {kind}_steps: {steps}, and only one of them can hold"
+        return [Problem(f"{key}.{kind}_epochs", epochs, rule, "leave one of them out")]
+    factor = getattr(round_, f"{kind}_lr_factor")
+    if steps == 0 and factor is not None:
+        rule = f"has no effect with {kind}_steps: 0"
+        return [Problem(f"{key}.{kind}_lr_factor", factor, rule, "leave it out")]
+    return []
+
+
+def _check_sparsity(key: str, round_: RoundConfig) -> list[Problem]:
+    if ":" in round_.structure:
+        return _check_groups(key, round_)
+    if round_.sparsity is None:
+        rule = f"is missing, and structure: {round_.structure} does not decide it"
+        return [Problem(f"{key}.sparsity", None, rule, "give it, e.g. sparsity: 0.3")]
+    if round_.sparsity == {}:
+        return [Problem(f"{key}.sparsity", {}, "names no layer", "give one share for all, or some patterns")]
+    if not any(_shares(round_)):
+        return [
+            Problem(f"{key}.{name}", getattr(round_, name), "has no effect: with sparsity 0 nothing is pruned", remedy)
+            for name, remedy in (("structure", "use structure: weights"), ("criterion", "use criterion: magnitude"))
+            if getattr(round_, name) != getattr(RoundConfig(), name)
+        ]
+    return []
+
+
+def _shares(round_: RoundConfig) -> Iterable[float | None]:
+    return round_.sparsity.values() if isinstance(round_.sparsity, dict) else [round_.sparsity]
+
+
+def _check_groups(key: str, round_: RoundConfig) -> list[Problem]:
+    problems = []
+    if round_.sparsity is not None:
+        rule = f"is given beside structure: {round_.structure}, which decides it"
+        problems.append(Problem(f"{key}.sparsity", round_.sparsity, rule, "leave one of them out"))
+    kept, group = map(int, round_.structure.split(":"))
+    if kept >= group:
+        rule = f"keeps {kept} of every {group} weights, which prunes nothing"
+        problems.append(Problem(f"{key}.structure", round_.structure, rule, 'use a smaller N, e.g. "2:4"'))
+    return problems
+
+
 _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_augment_order,
     _check_global_batch,
@@ -278,4 +342,5 @@ _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_offload,
     _check_parameter_server,
     _check_budget,
+    _check_dsd,
 )

@@ -26,9 +26,10 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
     "fp16": {"precision.dtype": "fp16"},
     "accumulation": {"parallel.micro_batch": 4},
     "clipping": {"optimizer.clip_norm": 1.0},
+    "dense-sparse-dense": {"dsd": {"rounds": [{"sparsity": 0.5, "sparse_steps": 2, "redense_steps": 2}]}},
 }
-"""Each feature and the keys that ask for it. `parallel.offload` is asked for with ZeRO-1 where the other feature brings
-no stage of its own."""
+"""Each feature and the keys, or the section, that ask for it. `parallel.offload` is asked for with ZeRO-1 where the
+other feature brings no stage of its own."""
 
 
 def compose(*names: str) -> JobConfig | None:
@@ -53,7 +54,10 @@ def _job(values: Mapping[str, Any]) -> JobConfig:
     }
     for key, value in values.items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        if name:
+            sections.setdefault(section, {})[name] = value
+        else:
+            sections[section] = value
     return JobConfig.model_validate(sections)
 
 

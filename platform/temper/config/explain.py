@@ -49,8 +49,13 @@ def explain(error: ValidationError) -> list[Problem]:
         place = _locate(detail["loc"])
         broken = _Broken(detail["type"], place, detail.get("ctx") or {}, detail["input"], detail["msg"])
         by_key.setdefault(place.key, []).append(broken)
-    # Where a value may be of several types, each of them complains; the user made one mistake.
-    return [_problem(group[0]) if len(group) == 1 else _problem_of_union(group) for group in by_key.values()]
+    # Where a value may be of several types, each of them complains; the user made one mistake, inside the value if one
+    # of the types found it there.
+    return [
+        _problem(group[0]) if len(group) == 1 else _problem_of_union(group)
+        for key, group in by_key.items()
+        if not any(other.startswith(f"{key}.") for other in by_key)
+    ]
 
 
 def suggest(name: Any, known: Iterable[Any], limit: int = 12) -> str:
@@ -80,6 +85,8 @@ def _locate(loc: Sequence[str | int]) -> _Place:
             path.append(element)
             field = parent.model_fields.get(str(element))
             annotation = field.annotation if field else Any
+        elif (chosen := _collection_of(annotation, str(element))) is not None:
+            annotation = chosen
         elif (item := _item_of(annotation)) is not None:
             path.append(element)
             annotation = item
@@ -103,6 +110,14 @@ def _members(annotation: Any) -> Iterable[type[BaseModel]]:
             yield from _members(member)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
+
+
+def _collection_of(annotation: Any, label: str) -> Any:
+    """The list or mapping among the types of a union that pydantic calls `label`, e.g. `dict[str,float]`."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return None
+    members = [member for member in get_args(annotation) if get_origin(member) in (list, dict)]
+    return next((member for member in members if label.startswith(f"{get_origin(member).__name__}[")), None)
 
 
 def _item_of(annotation: Any) -> Any:
@@ -137,6 +152,10 @@ def _problem(broken: _Broken) -> Problem:
 
 
 def _problem_of_union(group: Sequence[_Broken]) -> Problem:
+    # One that says more than that the type is wrong is of the type that was meant.
+    meant = [broken for broken in group if broken.type not in _TYPES]
+    if len(meant) == 1 and meant[0].type != "literal_error":
+        return _problem(meant[0])
     wanted = list(dict.fromkeys(_wanted(broken) for broken in group))
     return Problem(group[0].place.key, group[0].value, f"must be {' or '.join(wanted)}{_instead(group[0].value)}")
 
@@ -161,7 +180,7 @@ def _wanted(broken: _Broken) -> str:
         expected = str(broken.context["expected"])
         return f"one of {expected}" if " or " in expected else expected
     if broken.type == "string_pattern_mismatch":
-        return _PATTERNS[":" in broken.context["pattern"]]
+        return next(words for part, words in _PATTERNS.items() if part in broken.context["pattern"])
     if broken.type in ("too_short", "too_long"):
         least = broken.type == "too_short"
         number = broken.context["min_length" if least else "max_length"]
@@ -175,9 +194,11 @@ _LIMITS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+# By what tells a pattern of the schema from those after it.
 _PATTERNS = {
-    True: "'module:function', e.g. my_package.nets:build",
-    False: "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
+    "channels": "'weights', 'channels' or 'N:M', e.g. '2:4'",
+    ":": "'module:function', e.g. my_package.nets:build",
+    "": "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
 }
 _TYPES = {
     "int_type": "an integer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Target = Annotated[
@@ -475,6 +475,63 @@ class BudgetConfig(Section):
     keep_checkpoints: Positive = Field(2, description="complete checkpoints kept; older ones are removed")
 
 
+# ----------------------------------------------------------------------------------------------- dense-sparse-dense
+
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Pattern = Annotated[str, Field(min_length=1)]
+Structure = Annotated[str, Field(pattern=r"^(weights|channels|[1-9]\d*:[1-9]\d*)$")]
+
+
+class RoundConfig(Section):
+    """One sparse phase and the re-dense phase after it; each is as long as its steps or its epochs say."""
+
+    sparsity: Sparsity | dict[Pattern, Sparsity] | None = Field(
+        None,
+        description="share of each layer's weights that is pruned, or pattern of layer names → share; the first match "
+        "counts, and what no pattern matches stays dense. 0 prunes nothing: the control with the same restarts. "
+        "structure N:M decides it itself",
+    )
+    structure: Structure = Field(
+        "weights",
+        description='weights: single ones; channels: whole output channels; "N:M": of every M weights in a row along '
+        "the inputs the N largest are kept",
+    )
+    criterion: Literal["magnitude", "random"] = Field(
+        "magnitude", description="what is pruned: the smallest, or, as a control, any"
+    )
+    sparse_steps: Positive | None = None
+    sparse_epochs: PositiveFloat | None = None
+    redense_steps: NonNegative | None = Field(None, description="0: the round ends sparse")
+    redense_epochs: PositiveFloat | None = None
+    sparse_lr_factor: PositiveFloat | None = Field(None, description="default: that of dsd")
+    redense_lr_factor: PositiveFloat | None = Field(None, description="default: that of dsd")
+
+    @field_validator("structure", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML 1.1 reads an unquoted 2:4 as 2 × 60 + 4."""
+        return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
+class DSDConfig(Section):
+    """Dense-sparse-dense training (Han et al. 2017). The budget is that of the dense phase; rounds follow it.
+
+    Biases, norms and embeddings are never pruned.
+    """
+
+    rounds: list[RoundConfig] = Field(min_length=1, max_length=64)
+    sparse_lr_factor: PositiveFloat = Field(1.0, description="learning rate of sparse phases: this × optimizer.lr")
+    redense_lr_factor: PositiveFloat = Field(0.1, description="learning rate of re-dense phases: this × optimizer.lr")
+    schedule: ScheduleConfig | None = Field(
+        None, description="of the learning rate in each sparse and re-dense phase; default: optimizer.schedule, anew"
+    )
+    optimizer_state: Literal["fresh", "kept"] = Field(
+        "fresh", description="the optimizer's moments where a phase begins: none, as in the paper, or those before it"
+    )
+    exclude: list[Pattern] = Field(default_factory=list, description="patterns of layer names that are never pruned")
+    exclude_first_conv: bool = Field(False, description="leave the first convolution dense, too")
+
+
 class TrackingConfig(Section):
     experiment: Name = "temper"
     uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else <storage>/mlflow.db")
@@ -493,6 +550,7 @@ class JobConfig(Section):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     budget: BudgetConfig
+    dsd: DSDConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     storage: Annotated[str, Field(min_length=1)] = Field(

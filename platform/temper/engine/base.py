@@ -52,9 +52,14 @@ class Engine(Protocol):
         """The model's outputs in evaluation mode, without gradients. Collective: all ranks call it equally often."""
 
     def shards(self) -> list[Shard]:
-        """This rank's part of the fp32 masters, the optimizer's moments and the model's buffers, as views."""
+        """This rank's part of the fp32 masters, the optimizer's moments and the model's buffers, as views, and of the
+        masks of pruned weights."""
 
     def state(self) -> EngineState: ...
 
     def load(self, reader: CheckpointReader, state: EngineState) -> None:
-        """Takes masters, moments, buffers and scalars from a checkpoint of any topology."""
+        """Takes masters, moments, masks, buffers and scalars from a checkpoint of any topology.
+
+        Weights that a mask prunes are zero in the checkpoint, their moments too, and the steps that follow leave them
+        so. Without masks there all weights are trained.
+        """

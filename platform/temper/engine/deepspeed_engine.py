@@ -14,6 +14,7 @@ from temper.config.schema import JobConfig
 from temper.engine.base import EngineState, LossFunction, StepResult
 from temper.engine.deepspeed_setup import device_of
 from temper.engine.inputs import DTYPES, apply_seed, prepared
+from temper.engine.masks import MasterMasks
 from temper.engine.masters import (
     Fragment,
     inner_optimizer,
@@ -92,6 +93,7 @@ class DeepSpeedEngine:
         if self._inner is self._engine.optimizer:
             self._clip_norm = job.optimizer.clip_norm
             self._inner.register_step_pre_hook(self._clip_and_measure)
+        self._masks = MasterMasks(self._inner)
         if not job.precision.master_weights:
             drop_master_weights(self._inner, self._dtype)
         if self._fp16:
@@ -204,7 +206,12 @@ class DeepSpeedEngine:
         if self._zero == 0:
             # Every replica holds everything; each writes every size-th parameter.
             fragments = fragments[data.rank :: data.size]
-        shards = [Shard(item.name, item.start, {MASTER: item.master, **item.moments()}, item.cut) for item in fragments]
+        shards = [
+            Shard(
+                item.name, item.start, {MASTER: item.master, **item.moments(), **self._masks.shard_of(item)}, item.cut
+            )
+            for item in fragments
+        ]
         if data.rank == 0:
             shards += [
                 Shard(name, 0, {BUFFER: value.detach().reshape(-1)}, cut_of(value))
@@ -244,6 +251,7 @@ class DeepSpeedEngine:
                 item.moment(key).copy_(reader.read(key, item.name, item.start, item.numel, item.cut))
         if state.optimizer_step > 0:
             set_optimizer_step(fragments, state.optimizer_step)
+        self._masks.load(fragments, reader)
         for name, value in self._static_tensors().items():
             value.copy_(reader.read(BUFFER, name, cut=cut_of(value)).view_as(value))
         self._refresh_model(reader)
@@ -255,6 +263,8 @@ class DeepSpeedEngine:
         """Brings the weights that forward uses in line with masters that were just loaded."""
         if self._zero == 3:
             optimizer = self._engine.optimizer
+            # What is gathered already would not be gathered again, and small parameters stay so between steps.
+            optimizer._partition_all_parameters()
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:

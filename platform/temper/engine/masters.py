@@ -38,27 +38,28 @@ class Fragment:
 
     @property
     def master(self) -> Tensor:
-        return self._view(self.owner)
+        return self.part_of(self.owner)
 
     @property
     def gradient(self) -> Tensor:
         """What the inner optimizer is about to step with: reduced, unscaled, clipped. There only while it steps."""
         assert self.owner.grad is not None, "read in a hook of the optimizer's step"
-        return self._view(self.owner.grad)
+        return self.part_of(self.owner.grad)
 
     def moments(self) -> dict[str, Tensor]:
         """Flat views of the moments; empty before the first step."""
         state = self.optimizer_state.get(self.owner, {})
-        return {key: self._view(value) for key, value in state.items() if _is_moment(value, self.owner)}
+        return {key: self.part_of(value) for key, value in state.items() if _is_moment(value, self.owner)}
 
     def moment(self, key: str) -> Tensor:
         """The moment `key`, made of zeros where the optimizer has not stepped yet."""
         state = self.optimizer_state.setdefault(self.owner, {})
         if not torch.is_tensor(state.get(key)):
             state[key] = torch.zeros_like(self.owner, requires_grad=False)
-        return self._view(state[key])
+        return self.part_of(state[key])
 
-    def _view(self, tensor: Tensor) -> Tensor:
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """The fragment's place in a tensor of the owner's shape, as a flat view."""
         return tensor.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 

@@ -10,6 +10,9 @@ after it is computed. Nothing waits for other workers, unless their lead is boun
 With one worker and `n_fetch = n_push = 1` this is the plain loop of the optimizer, because a worker's push reaches a
 shard before its next fetch. With more, the gradient of each mini-batch is an update of its own: a step of the job makes
 as many as there are workers, and a learning rate that is tuned for one update a step may be too large.
+
+In a sparse phase each shard has the masks of its range and zeroes the gradients of pruned weights that workers push. A
+worker has all masks, because between two fetches it descends by itself.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
+from temper.checkpoint import BUFFER, MASK, MASTER, CheckpointReader, Shard
 from temper.config.schema import OptimizerConfig, PrecisionConfig
 from temper.engine.base import LossFunction
 from temper.engine.inputs import DTYPES, apply_seed, prepared
+from temper.engine.masks import MasterMasks
 from temper.engine.masters import Fragment, set_optimizer_step
 from temper.optim import build_optimizer
 from temper.parallel.batch_norm import apply_global_batch_norm
@@ -114,6 +118,7 @@ class ParameterShard:
         self.start, self.stop = plan_ranges(slots, shards)[index]
         self._values = nn.Parameter(flatten(model, slots)[self.start : self.stop].clone())
         self._optimizer = build_optimizer(optimizer, [self._values])
+        self._masks = MasterMasks(self._optimizer)
         self._slots = [slot for slot in slots if slot.stop > self.start and slot.start < self.stop]
         self._pushes: dict[str, tuple[int, int]] = {}
         self.version = 0
@@ -146,8 +151,11 @@ class ParameterShard:
         return ShardState(self.version, {worker: clock for worker, (clock, _) in self._pushes.items()})
 
     def shards(self) -> list[Shard]:
-        """The masters and moments as a checkpoint holds them, as views."""
-        return [Shard(item.name, item.start, {MASTER: item.master, **item.moments()}) for item in self._fragments()]
+        """The masters and moments as a checkpoint holds them, as views; beside those of pruned layers, the masks."""
+        return [
+            Shard(item.name, item.start, {MASTER: item.master, **item.moments(), **self._masks.shard_of(item)})
+            for item in self._fragments()
+        ]
 
     def _fragments(self) -> list[Fragment]:
         fragments = []
@@ -160,8 +168,9 @@ class ParameterShard:
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader, state: ShardState) -> None:
-        """Takes values, moments and scalars from a checkpoint."""
+        """Takes values, moments, masks and scalars from a checkpoint."""
         fragments = self._fragments()
+        self._masks.load(fragments, reader)
         for item in fragments:
             item.master.copy_(reader.read(MASTER, item.name, item.start, item.numel))
             for key in reader.moments():
@@ -192,8 +201,9 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, precision: PrecisionConfig, device: torch.device) -> None:
-        slots = plan_slots(model)
-        self.values = flatten(model, slots).to(device)
+        self._slots = plan_slots(model)
+        self.values = flatten(model, self._slots).to(device)
+        self._kept: Tensor | None = None  # 0 where a weight is pruned, else 1; as the shards have it
         self._loss, self._dtype, self.device = loss, DTYPES[precision.dtype], device
         apply_product_precision(precision.dtype, device)
         self._arithmetic = arithmetic(self._dtype, device, precision.fp32_accumulation)
@@ -204,7 +214,7 @@ class Replica:
         self._weights = self.values.to(self._dtype)
         self._gradient = torch.zeros_like(self._weights)
         parameters = dict(self.module.named_parameters())
-        for slot in slots:
+        for slot in self._slots:
             parameters[slot.name].data = self._weights[slot.start : slot.stop].view(slot.shape)
             parameters[slot.name].grad = self._gradient[slot.start : slot.stop].view(slot.shape)
 
@@ -217,8 +227,9 @@ class Replica:
             self._weights.copy_(self.values)
 
     def descend(self, gradient: Tensor, lr: float) -> None:
-        """A step of plain SGD on the worker's own parameters, until it fetches others (algorithm 1.1)."""
-        self.values.sub_(gradient, alpha=lr)
+        """A step of plain SGD on the worker's own parameters, until it fetches others (algorithm 1.1). Pruned weights
+        stay zero."""
+        self.values.sub_(gradient if self._kept is None else gradient * self._kept, alpha=lr)
         self.refresh()
 
     def compute(self, batch: MiniBatch) -> tuple[dict[str, Tensor], Tensor]:
@@ -247,9 +258,14 @@ class Replica:
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> None:
-        """Takes buffers and frozen parameters from a checkpoint; trainable parameters are fetched."""
+        """Takes buffers, frozen parameters and masks from a checkpoint; trainable parameters are fetched."""
         for name, value in stored_tensors(self.module).items():
             value.copy_(reader.full(BUFFER, name))
+        pruned = set(reader.names(MASK))
+        self._kept = torch.ones_like(self.values, dtype=torch.uint8) if pruned else None
+        for slot in self._slots:
+            if self._kept is not None and slot.name in pruned:
+                self._kept[slot.start : slot.stop] = reader.read(MASK, slot.name)
 
 
 class ShardClient(Protocol):

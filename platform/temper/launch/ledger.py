@@ -144,7 +144,8 @@ class StepRecords:
     """Puts what is known of mini-batches together into one record for each step, in the order of the steps.
 
     A loss is the mean over the step's mini-batches, as in synchronous training; so is the norm of the gradient, which
-    is that of a mini-batch here. `staleness` counts all pushes of the run by their staleness, `pushes` by worker.
+    is that of a mini-batch here. `staleness` counts all pushes of the phase by their staleness, `pushes` by worker.
+    `constants` are in every record.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class StepRecords:
         lr_at: Callable[[int], float],
         staleness: Mapping[int, int],
         pushes: Mapping[int, int],
+        constants: Mapping[str, float] | None = None,
     ) -> None:
         self._parts, self._global_batch, self._record_every, self._lr_at = parts, global_batch, record_every, lr_at
+        self._constants = dict(constants or {})
         self._leads: dict[Ticket, int] = {}
         self._found: dict[int, list[tuple[Computed, int, int]]] = {}  # by step: mini-batch, staleness, lead
         self._step = first_step
@@ -205,10 +208,11 @@ class StepRecords:
             "server/staleness_mean": fmean(staleness),
             "server/staleness_max": float(max(staleness)),
             "server/clock_lead": float(max(leads)),
+            **self._constants,
         }
 
     def summary(self) -> dict[str, float]:
-        """The run as a whole: the share of pushes by staleness, and each worker's clock."""
+        """The phase as a whole: the share of pushes by staleness, and each worker's clock."""
         total = max(self.staleness.total(), 1)
         shares = {f"server/staleness/{number}": count / total for number, count in sorted(self.staleness.items())}
         return shares | {f"server/clock/{worker}": float(count) for worker, count in sorted(self.pushes.items())}

@@ -2,14 +2,15 @@
 
 The supervisor is one loop in the driver. Between *gates* the workers run freely; at a gate, a step at which something
 is due, all that was handed out is done, so that a checkpoint is of exactly that step. One worker then evaluates the
-parameters as they were, while the others go on.
+parameters as they were, while the others go on. Each phase of the job has its own actors.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import ray
@@ -18,10 +19,9 @@ from ray.exceptions import RayError
 from temper.errors import RunError
 from temper.files import write_json
 from temper.launch.ledger import Ledger, Pushed, StepRecords
-from temper.launch.server_actors import ShardActor, WorkerActor, stage_writer
-from temper.run_folder import CHECKPOINTS, FAILURES, HISTORY, PHASE_MANIFEST, RUN, STOP, WorkerSpec
-from temper.schedules import build_schedule
-from temper.tracking.history import Record
+from temper.launch.server_actors import PhaseSpec, ShardActor, WorkerActor, stage_writer
+from temper.run_folder import CHECKPOINTS, FAILURES, PHASE_MANIFEST, RUN, STOP, WorkerSpec
+from temper.tracking.history import Record, phase_histories
 
 POLL_S = 0.1
 REPORT_INTERVAL_S = 2.0
@@ -31,37 +31,46 @@ DEPTH = 2
 
 
 def build_trainer(spec: WorkerSpec) -> ParameterServerTrainer:
-    """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
+    """The trainer of the spec's phases; its `fit()` returns when they are complete or were asked to stop."""
     return ParameterServerTrainer(spec)
 
 
 class ParameterServerTrainer:
-    """Starts and ends the processes of one phase."""
+    """Starts and ends the processes of each phase."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
 
     def fit(self) -> None:
-        """Trains from the newest checkpoint, or from the start, until the phase is complete or a stop was asked for.
+        """Trains one phase after the other, the first from its newest checkpoint, until a stop is asked for.
 
         Raises:
             RunError: a worker's code failed, or no worker is left; failures.jsonl says more.
         """
-        with ExitStack() as stack:
-            crew = Crew(self._spec)
-            stack.callback(crew.kill)
-            # Only now: it imports Ray Train, and the actors are on their way.
-            from temper.tracking.callback import TrackingCallback, TrackingTarget
+        try:
+            for phase in self._spec.phases:
+                own = PhaseSpec(self._spec, phase)
+                if phase != self._spec.phases[0]:
+                    stage_writer(self._spec.run_folder)(f"starting the processes of {phase.name}")
+                with closing(Crew(own)) as crew:
+                    Supervisor(own, crew, self._tracking).run()
+                if (self._spec.run_folder / STOP).exists():
+                    break
+        finally:
+            self._tracking.close(CLOSE_TIMEOUT_S)
 
-            target = TrackingTarget(
-                run_record=str(self._spec.run_folder / RUN),
-                history_path=str(self._spec.phase_folder / HISTORY),
-                failures_path=str(self._spec.run_folder / FAILURES),
-                system_metrics=self._spec.plan.job.tracking.system_metrics,
-            )
-            tracking = TrackingCallback(target)
-            stack.callback(tracking.close, CLOSE_TIMEOUT_S)
-            Supervisor(self._spec, crew, tracking).run()
+    @cached_property
+    def _tracking(self) -> Any:
+        """Built when the first actors are on their way, because it imports Ray Train."""
+        from temper.tracking.callback import TrackingCallback, TrackingTarget
+
+        target = TrackingTarget(
+            run_record=str(self._spec.run_folder / RUN),
+            histories=phase_histories(self._spec.plan),
+            failures_path=str(self._spec.run_folder / FAILURES),
+            system_metrics=self._spec.plan.job.tracking.system_metrics,
+        )
+        return TrackingCallback(target)
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -89,9 +98,9 @@ class WorkerHandle:
 
 
 class Crew:
-    """The actors of a run, started when it is built. Workers are known by numbers, which their successors keep."""
+    """The actors of a phase, started when it is built. Workers are known by numbers, which their successors keep."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: PhaseSpec) -> None:
         self._spec = spec
         parallel = spec.plan.job.parallel
         shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardActor)
@@ -124,7 +133,7 @@ class Crew:
             return number, self.workers[number].calls.pop(answer), answer
         return None
 
-    def kill(self) -> None:
+    def close(self) -> None:
         for actor in (*self.shards, *(worker.actor for worker in self.workers.values())):
             ray.kill(actor)
 
@@ -141,31 +150,33 @@ def plan_gates(first: int, last: int, *, evaluate_every: int, checkpoint_every: 
 @dataclass(frozen=True)
 class Gate:
     """A gate that was reached and is not yet behind: its evaluation is under way. `state`: of the checkpoint that the
-    shards have saved there and that is completed with the gate's record; None where none is due."""
+    shards have saved there and that is completed with the gate's record; None where none is due. `metrics` are those
+    of the shards."""
 
     step: int
     state: dict[str, Any] | None
+    metrics: dict[str, float]
 
 
 class Supervisor:
     """One run of a phase, from its newest checkpoint on. `tracking` is a :class:`TrackingCallback`."""
 
-    def __init__(self, spec: WorkerSpec, crew: Crew, tracking: Any) -> None:
+    def __init__(self, spec: PhaseSpec, crew: Crew, tracking: Any) -> None:
         self._spec, self._crew, self._tracking = spec, crew, tracking
-        self._job, self._last_step = spec.plan.job, spec.phase.steps
-        self._stage = stage_writer(spec.run_folder)
+        self._job, self._phase, self._last_step = spec.plan.job, spec.phase, spec.phase.last_step
+        self._stage = stage_writer(spec.plan.run_folder)
         self._found, *_ = [self._of_shard(answer) for answer in crew.ready]
         parallel, step, server = self._job.parallel, self._found["step"], self._found["server"]
-        factor = build_schedule(self._job.optimizer.schedule, self._last_step)
         self._ledger = Ledger(parallel.workers, step, n_push=parallel.n_push, max_staleness=parallel.max_staleness)
         self._records = StepRecords(
             parallel.workers,
             step,
             global_batch=spec.plan.batch.global_batch,
             record_every=self._job.tracking.record_every,
-            lr_at=lambda number: self._job.optimizer.lr * factor(number),
+            lr_at=spec.lr_at,
             staleness={int(number): count for number, count in server.get("staleness", {}).items()},
             pushes={int(worker): count for worker, count in server.get("pushes", {}).items()},
+            constants={"phase": float(spec.plan.phases.index(spec.phase))},
         )
         self._reached = self._target = step
         self._seconds: float = self._found["seconds"]
@@ -184,7 +195,8 @@ class Supervisor:
         if self._reached == self._last_step:
             # Broken between the last checkpoint and the word that the phase is complete.
             self._finish(self._found["folder"], self._found["records"][-1])
-        budget, warm_start = self._job.budget, self._job.parallel.warm_start_steps
+        budget = self._job.budget
+        warm_start = 0 if self._phase.first_step else self._job.parallel.warm_start_steps
         gates = plan_gates(
             self._reached,
             self._last_step,
@@ -219,7 +231,7 @@ class Supervisor:
 
     def _stop_requested(self) -> bool:
         if time.perf_counter() - self._looked_at > POLL_S:
-            self._stop, self._looked_at = (self._spec.run_folder / STOP).exists(), time.perf_counter()
+            self._stop, self._looked_at = (self._spec.plan.run_folder / STOP).exists(), time.perf_counter()
         return self._stop
 
     def _advance(self) -> None:
@@ -299,7 +311,8 @@ class Supervisor:
         if not evaluates and not saves:
             return
         number, stored = self._refresh_one()
-        self._gate = Gate(self._reached, self._save(stored) if saves else None)
+        state, metrics = self._save(stored) if saves else None, self._sparsity() if evaluates else {}
+        self._gate = Gate(self._reached, state, metrics)
         if evaluates:
             self._ledger.leave(number)
             self._crew.workers[number].ask("evaluate", self._reached == self._last_step)
@@ -341,13 +354,22 @@ class Supervisor:
             "server": {"shards": shards, **counts},
         }
 
+    def _sparsity(self) -> dict[str, float]:
+        """See :func:`temper.techniques.dsd.sparsity.sparsity_metrics`; nothing in the dense phase."""
+        if self._phase.kind == "dense":
+            return {}
+        shards = self._crew.shards
+        counts = [self._of_shard(answer) for answer in [actor.count_zeros.remote() for actor in shards]]
+        return dict(self._of_shard(shards[0].sparsity.remote(*counts)))
+
     def _leave_gate(self, metrics: dict[str, float]) -> None:
         """Completes the gate's checkpoint and record, in this order: the history has no record of a gate that a broken
         run would come to again."""
         gate, self._gate = self._gate, None
         assert gate is not None
         is_last = gate.step == self._last_step
-        records = self._records.take(gate.step, self._step_s, metrics | (self._records.summary() if is_last else {}))
+        metrics = metrics | gate.metrics | (self._records.summary() if is_last else {})
+        records = self._records.take(gate.step, self._step_s, metrics)
         self._segment += records
         if gate.state is not None:
             folder = self._of_shard(self._crew.shards[0].complete.remote(gate.state, self._segment))
@@ -358,16 +380,18 @@ class Supervisor:
 
     def _finish(self, folder: str, last: Record) -> None:
         """Declares the phase complete."""
+        if self._phase.kind != "dense":
+            self._of_shard(self._crew.shards[0].summarize.remote(folder))
         manifest = {
-            "name": self._spec.phase.name,
-            "fingerprint": self._spec.phase.fingerprint,
+            "name": self._phase.name,
+            "fingerprint": self._phase.fingerprint,
             "checkpoint": f"{CHECKPOINTS}/{folder}",
-            "steps": self._last_step,
+            "steps": self._phase.steps,
             "skipped_steps": 0,
             "seconds": self._seconds,
             "metrics": last["metrics"],
         }
-        write_json(self._spec.phase_folder / PHASE_MANIFEST, manifest)
+        write_json(self._spec.folder / PHASE_MANIFEST, manifest)
 
     # -------------------------------------------------------------------------------------------------------- records
 
@@ -382,4 +406,4 @@ class Supervisor:
 
     def _report(self, records: list[Record]) -> None:
         if records:
-            self._tracking.after_report(None, [{"records": records}], None)
+            self._tracking.after_report(None, [{"phase": self._phase.name, "records": records}], None)

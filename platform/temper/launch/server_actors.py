@@ -15,58 +15,103 @@ import uuid
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temper.errors import RunError
+from temper.files import read_json
 from temper.launch.ledger import Computed, Pushed, Ticket
-from temper.run_folder import STAGES, WorkerSpec
+from temper.plan.build import Plan
+from temper.plan.phases import PhasePlan, learning_rate
+from temper.run_folder import PHASE_MANIFEST, STAGES, WorkerSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from temper.checkpoint import CheckpointReader
     from temper.data.sources import SplitName
-    from temper.engine.parameter_server import DownpourWorker, MiniBatch, Outcome, ParameterShard, Push, Values
+    from temper.engine.parameter_server import (
+        DownpourWorker,
+        MiniBatch,
+        Outcome,
+        ParameterShard,
+        Push,
+        ShardState,
+        Values,
+    )
     from temper.tracking.history import Record
+
+
+@dataclass(frozen=True)
+class PhaseSpec:
+    """What the processes of one phase are told: the run, and which of its phases is theirs."""
+
+    run: WorkerSpec
+    phase: PhasePlan
+
+    @property
+    def plan(self) -> Plan:
+        return self.run.plan
+
+    @property
+    def folder(self) -> Path:
+        return self.run.phase_folder(self.phase)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.checkpoints(self.phase)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the job's step `step` (0-based)."""
+        return learning_rate(self.plan.job, self.phase)(step - self.phase.first_step)
 
 
 class ShardActor:
     """One shard. Ray starts it again where its process is lost, and makes the calls again that it had not answered.
 
-    It then goes on from the newest complete checkpoint, or from the initial parameters where there is none yet. What
-    was pushed since is lost: at most what is pushed from one checkpoint to the next, `checkpoint_every` × `workers` /
-    `n_push` pushes, and while the next one's evaluation is under way; with `checkpoint_every: 0` all.
+    It then goes on from the phase's newest complete checkpoint, or from where the phase began if there is none yet.
+    What was pushed since is lost: at most what is pushed from one checkpoint to the next, `checkpoint_every` ×
+    `workers` / `n_push` pushes, and while the next one's evaluation is under way; with `checkpoint_every: 0` all.
     """
 
-    def __init__(self, spec: WorkerSpec, index: int) -> None:
+    def __init__(self, spec: PhaseSpec, index: int) -> None:
         self._spec, self._index = spec, index
         self._locks = ExitStack()
 
     # Built at the first call and not in the constructor, so that an error reaches the caller and is not tried again.
     @cached_property
     def _shard(self) -> ParameterShard:
-        from temper.engine.parameter_server import ParameterShard, ShardState, named_shapes
+        from temper.engine.parameter_server import ParameterShard, named_shapes
         from temper.locks import awaited
 
         plan = self._spec.plan
-        _enter_process(self._spec, f"shard-{self._index}")
-        say, lock = stage_writer(self._spec.run_folder), plan.lock(self._spec.phase, self._index)
+        _enter_process(self._spec.run, f"shard-{self._index}")
+        say, lock = stage_writer(plan.run_folder), plan.lock(self._spec.phase, self._index)
         with ExitStack() as locks:
             locks.enter_context(awaited(lock, lambda: say("waiting for the end of an earlier attempt")))
             model = _build_model(self._spec)
             shard = ParameterShard(model, self._index, plan.job.parallel.shards, plan.job.optimizer)
-            reader, refused = newest_checkpoint(self._spec)
-            if reader is not None:
-                shard.load(reader, ShardState(**reader.state["server"]["shards"][self._index]))
-            self._shapes, self._found = named_shapes(model), _found(reader, refused)
+            start = find_start(self._spec)
+            if start.reader is not None:
+                shard.load(start.reader, self._state_at(start))
+            self._shapes, self._found = named_shapes(model), start.describe(self._spec.phase)
             self._locks = locks.pop_all()
         return shard
 
+    def _state_at(self, start: Start) -> ShardState:
+        """Where a phase begins, nothing is pushed yet; its updates are counted on where the moments go on."""
+        from temper.engine.parameter_server import ShardState
+
+        assert start.reader is not None
+        saved = ShardState(**start.reader.state["server"]["shards"][self._index])
+        if start.is_resumed:
+            return saved
+        return ShardState(0 if self._spec.phase.fresh else saved.version, {})
+
     def ready(self) -> dict[str, Any]:
-        """The state of the checkpoint that the shard goes on from, with its `folder` and `records`, and `refused`: what
-        is wrong with a newer one."""
+        """The state that the phase goes on from, see :meth:`Start.describe`."""
         assert self._shard
         return self._found
 
@@ -99,6 +144,39 @@ class ShardActor:
         checkpoint.prune_checkpoints(self._spec.checkpoints, job.budget.keep_checkpoints)
         return folder.name
 
+    # ------------------------------------------------------------------------------------ in sparse and re-dense phases
+
+    @property
+    def _layers(self) -> list[str]:
+        """The weights that are pruned, or were in the sparse phase before."""
+        from temper.techniques.dsd.sparsity import latest_pruning
+
+        pruning = latest_pruning(self._spec.plan.phases, self._spec.phase)
+        assert pruning is not None
+        return list(pruning.layers)
+
+    def count_zeros(self) -> list[int]:
+        """How many of each pruned layer's weights are exactly zero in this shard's range."""
+        from temper.techniques.dsd.sparsity import count_zeros
+
+        return count_zeros(self._shard.shards(), self._layers).tolist()
+
+    def sparsity(self, *zeros: list[int]) -> dict[str, float]:
+        """The metrics from what all shards have counted."""
+        from temper.techniques.dsd.sparsity import sparsity_metrics
+
+        assert self._shard
+        return sparsity_metrics([sum(counts) for counts in zip(*zeros, strict=True)], self._layers, self._shapes)
+
+    def summarize(self, folder: str) -> None:
+        """Writes down what came of the weights in the phase, whose last checkpoint is `folder`."""
+        from temper.techniques.dsd.summary import summarize, write_summary
+
+        assert self._shard
+        phase, before = self._spec.phase, end_of_phase_before(self._spec)
+        assert before is not None
+        write_summary(self._spec.folder, summarize(phase, self._layers, before, self._spec.checkpoints / folder))
+
 
 class RemoteShard:
     """A worker's way to a shard: see :class:`temper.engine.parameter_server.ShardClient`."""
@@ -120,7 +198,7 @@ class WorkerActor:
     made in.
     """
 
-    def __init__(self, spec: WorkerSpec, number: int, shards: list[Any]) -> None:
+    def __init__(self, spec: PhaseSpec, number: int, shards: list[Any]) -> None:
         self._spec, self._number, self._actors = spec, number, shards
         self._name = f"{number}-{uuid.uuid4().hex}"
         self._next_turn = 0
@@ -135,7 +213,7 @@ class WorkerActor:
             self._early.pop(self._next_turn).set_result(None)
 
     async def prepare(self, turn: int) -> None:
-        """Loads the data and builds the model, with the buffers of the newest checkpoint."""
+        """Loads the data and builds the model, with the buffers and masks that the phase goes on from."""
         await self._turn(turn)
         self._prepare()
 
@@ -144,18 +222,16 @@ class WorkerActor:
         from temper.engine.deepspeed_setup import device_of
         from temper.engine.parameter_server import DownpourWorker, Replica
         from temper.losses import build_loss
-        from temper.schedules import build_schedule
 
         plan = self._spec.plan
         job = plan.job
-        _enter_process(self._spec, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
+        _enter_process(self._spec.run, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
         self._loss = build_loss(job.loss)
         self._splits = load_splits(job.data, Path(job.storage), plan.data)
         replica = Replica(_build_model(self._spec), self._loss, job.precision, device_of(plan.mesh.device))
-        reader, _ = newest_checkpoint(self._spec)
-        if reader is not None:
-            replica.load(reader)
-        self._factor = build_schedule(job.optimizer.schedule, self._spec.phase.steps)
+        start = find_start(self._spec)
+        if start.reader is not None:
+            replica.load(start.reader)
         self._downpour: DownpourWorker = DownpourWorker(
             self._name,
             replica,
@@ -173,7 +249,7 @@ class WorkerActor:
     async def flush(self, turn: int, step: int) -> Pushed | None:
         """Pushes what is left of less than `n_push` mini-batches, at the learning rate of `step`."""
         await self._turn(turn)
-        return _plain(await self._downpour.flush(self._lr_at(step)))
+        return _plain(await self._downpour.flush(self._spec.lr_at(step)))
 
     async def refresh(self, turn: int) -> tuple[None, dict[str, Any]]:
         """Brings the model up to date, to be evaluated; returns its buffers and frozen parameters, to be stored.
@@ -235,10 +311,7 @@ class WorkerActor:
         )
         batch, _ = next(batches)
         seed = step_seed(job.seed, ticket.step, ticket.part)
-        return MiniBatch(batch.inputs, batch.targets, self._lr_at(ticket.step), seed)
-
-    def _lr_at(self, step: int) -> float:
-        return self._spec.plan.job.optimizer.lr * self._factor(step)
+        return MiniBatch(batch.inputs, batch.targets, self._spec.lr_at(ticket.step), seed)
 
 
 def _plain(push: Push | None) -> Pushed | None:
@@ -255,29 +328,77 @@ def _computed(outcome: Outcome) -> Computed:
 # --------------------------------------------------------------------------------------------------- in every process
 
 
-def newest_checkpoint(spec: WorkerSpec) -> tuple[CheckpointReader | None, str | None]:
-    """The newest sound checkpoint, and what is wrong with the newest, if it is not that."""
+@dataclass(frozen=True)
+class Start:
+    """Where the processes of a phase start from.
+
+    `reader` has the phase's newest sound checkpoint if `is_resumed`, else the end of the phase before as this one
+    begins with it; it is None where the job begins. `refused` says what is wrong with a newer checkpoint.
+    """
+
+    reader: CheckpointReader | None
+    is_resumed: bool
+    refused: str | None
+
+    def describe(self, phase: PhasePlan) -> dict[str, Any]:
+        """The phase's state, with the `folder` and the `records` of its checkpoint, and `refused`, as plain values."""
+        if self.reader is None or not self.is_resumed:
+            begun = {"step": phase.first_step, "seconds": 0.0, "server": {}, "folder": "", "records": []}
+            return {**begun, "refused": self.refused}
+        reader = self.reader
+        return {**reader.state, "folder": reader.folder.name, "records": reader.records(), "refused": self.refused}
+
+
+def find_start(spec: PhaseSpec) -> Start:
+    """Where `spec`'s phase goes on from. Whoever asks first or last finds the same masks.
+
+    Raises:
+        RunError: the phase begins with the end of the one before it, and that is damaged.
+    """
+    from temper.checkpoint import check_checkpoint
+    from temper.techniques.dsd.border import begin_phase
+
+    reader, refused = newest_checkpoint(spec.checkpoints)
+    if reader is not None:
+        return Start(reader, True, refused)
+    before = end_of_phase_before(spec)
+    if before is None:
+        return Start(None, False, refused)
+    problem = check_checkpoint(before)
+    if problem is not None:
+        name = spec.phase.name
+        raise RunError(f"{name} cannot begin with the end of the phase before: {problem}; train it anew (--fresh)")
+    return Start(begin_phase(before, spec.phase), False, refused)
+
+
+def end_of_phase_before(spec: PhaseSpec) -> Path | None:
+    """The last checkpoint of the phase before `spec`'s; None for the first phase."""
+    before = spec.plan.phase_before(spec.phase)
+    if before is None:
+        return None
+    folder = spec.run.phase_folder(before)
+    manifest = read_json(folder / PHASE_MANIFEST)
+    assert manifest is not None, f"{before.name} is not complete"
+    return folder / str(manifest["checkpoint"])
+
+
+def newest_checkpoint(root: Path) -> tuple[CheckpointReader | None, str | None]:
+    """The newest sound checkpoint in `root`, and what is wrong with the newest, if it is not that."""
     from temper.checkpoint import MANIFEST, CheckpointReader, check_checkpoint, list_checkpoints
 
     refused = None
-    for folder in reversed(list_checkpoints(spec.checkpoints)):
+    for folder in reversed(list_checkpoints(root)):
         problem = check_checkpoint(folder)
         if problem is None:
             return CheckpointReader(folder), refused
         if not (folder / MANIFEST).is_file():
             # Not damaged: a newer one was completed meanwhile, and this one removed.
-            return newest_checkpoint(spec)
+            return newest_checkpoint(root)
         refused = refused or f"{folder.name}: {problem}"
     return None, refused
 
 
-def _found(reader: CheckpointReader | None, refused: str | None) -> dict[str, Any]:
-    if reader is None:
-        return {"step": 0, "seconds": 0.0, "server": {}, "folder": "", "records": [], "refused": refused}
-    return {**reader.state, "folder": reader.folder.name, "records": reader.records(), "refused": refused}
-
-
-def _build_model(spec: WorkerSpec) -> nn.Module:
+def _build_model(spec: PhaseSpec) -> nn.Module:
     from temper.models.build import build_model
 
     return build_model(spec.plan.job.model, spec.plan.data, spec.plan.job.seed)

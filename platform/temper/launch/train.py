@@ -1,20 +1,23 @@
-"""`temper train`: plan → Ray Train workers → tracked result; resumes a broken run, reuses a finished one.
+"""`temper train`: plan → Ray Train workers → tracked result; resumes a broken run, reuses complete phases.
 
 The run's folder is an interface: `job.yaml`, `plan.json`, `run.json` (the MLflow run), `stages.jsonl`,
-`failures.jsonl`, `logs/`. What was computed lies in the phase store, `<storage>/phases/<fingerprint>/`.
+`failures.jsonl`, `logs/`. What was computed lies in the phase store, `<storage>/phases/<fingerprint>/`, with the
+`job.yaml` and `plan.json` of the run that computed it.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +29,7 @@ from temper.errors import EXIT_INTERRUPTED, RunError, TemperError
 from temper.files import read_json, read_lines, write_json
 from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
 from temper.launch.ingest import ingest
+from temper.launch.phase_store import claim_phases, complete_history, computing_run, forget_phases, is_complete
 from temper.locks import claimed
 from temper.plan.build import Plan, build_plan
 from temper.plan.phases import PhasePlan
@@ -41,11 +45,14 @@ from temper.run_folder import (
     WorkerSpec,
 )
 from temper.tracking.delivery import replay
-from temper.tracking.history import HistoryTail
-from temper.tracking.mlflow_store import RunStatus, close_run, open_run, tracking_uri
+from temper.tracking.history import HistoryTail, Record, phase_histories
+from temper.tracking.mlflow_store import RunStatus, close_run, log_tags, open_run, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
+STAGE_DELAY_S = 0.5  # longer than a record takes from its worker to the history
+LOCK = "lock"
+"""In a run's folder: held by the command that writes there and delivers to the run in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class PhaseResult:
+    """A phase of the job: its steps, the seconds that they took, and its last metrics; whether it was there before."""
+
     name: str
     fingerprint: str
     steps: int
@@ -70,7 +79,10 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `temper train --json` prints. `seconds` is the whole command's time; a phase's is its training alone."""
+    """What `temper train --json` prints. `seconds` is the whole command's time; a phase's is its training alone.
+
+    `status` is `finished`, or `reused` where all phases were. `checkpoint` and `metrics` are those of the last phase.
+    """
 
     run_id: str
     experiment: str
@@ -116,53 +128,60 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
         if options.address != "local":
             stack.enter_context(ray_session(options.address, Path(job.storage) / "logs"))
         plan = build_plan(job, cluster_shape(options.address), job_folder)
-        phase = plan.phases[0]
-        stack.enter_context(claimed(plan.lock(phase), f"{phase.name} of {job.name}, {phase.fingerprint[:10]},"))
-        if options.fresh:
-            _forget(plan)
-        reused = read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
-        if reused:
-            _deliver_late(plan, phase, job_folder, options.command)
+        stack.enter_context(claimed(plan.run_folder / LOCK, f"{job.name}, {plan.fingerprint[:10]},"))
+        pending = _forget(plan, stack) if options.fresh else claim_phases(plan, stack)
+        if pending:
+            _run(plan, pending, job_folder, options, stack)
         else:
-            _run(plan, phase, job_folder, options, stack)
-        return _result(plan, reused, time.perf_counter() - started)
+            _deliver_late(plan, job_folder, options.command)
+        return _result(plan, pending, time.perf_counter() - started)
 
 
-def _forget(plan: Plan) -> None:
-    """`--fresh`: removes what was computed for this job, so that all of it is computed again in a new MLflow run."""
-    for phase in plan.phases:
-        shutil.rmtree(plan.phase_folder(phase), ignore_errors=True)
+def _forget(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
+    """`--fresh`: all phases are computed again, in a new MLflow run."""
+    phases = forget_phases(plan, stack)
     (plan.run_folder / RUN).unlink(missing_ok=True)
+    return phases
 
 
-def _result(plan: Plan, reused: bool, seconds: float) -> TrainResult:
-    phase = plan.phases[0]
-    folder = plan.phase_folder(phase)
-    manifest = read_json(folder / PHASE_MANIFEST)
-    if manifest is None:
-        raise RunError(f"the run ended without completing {phase.name}; see {plan.run_folder / 'logs'}")
+def _result(plan: Plan, computed: Sequence[PhasePlan], seconds: float) -> TrainResult:
+    missing = next((phase.name for phase in plan.phases if not is_complete(plan, phase)), None)
+    if missing is not None:
+        raise RunError(f"the run ended without completing {missing}; see {plan.run_folder / 'logs'}")
+    manifests = [read_json(plan.phase_folder(phase) / PHASE_MANIFEST) for phase in plan.phases]
+    phases = [
+        PhaseResult(
+            phase.name,
+            phase.fingerprint,
+            phase.steps,
+            phase not in computed,
+            manifest["seconds"],
+            manifest["metrics"],
+        )
+        for phase, manifest in zip(plan.phases, manifests, strict=True)
+    ]
     run = read_json(plan.run_folder / RUN) or {}
-    result = PhaseResult(
-        phase.name, phase.fingerprint, manifest["steps"], reused, manifest["seconds"], manifest["metrics"]
-    )
     return TrainResult(
         run_id=run.get("run_id", ""),
         experiment=plan.job.tracking.experiment,
-        status="reused" if reused else "finished",
+        status="finished" if computed else "reused",
         seconds=seconds,
-        checkpoint=str(folder / manifest["checkpoint"]),
-        metrics=manifest["metrics"],
-        phases=[result],
+        checkpoint=str(plan.phase_folder(plan.phases[-1]) / manifests[-1]["checkpoint"]),
+        metrics=manifests[-1]["metrics"],
+        phases=phases,
     )
 
 
-def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
-    """Everything between the plan and the phase's manifest."""
-    spec = WorkerSpec(plan, phase, import_folders(job_folder))
-    _prepare_folder(plan, spec.import_folders)
+def _run(plan: Plan, pending: tuple[PhasePlan, ...], job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
+    """Everything between the plan and the manifest of the last phase."""
+    spec = WorkerSpec(plan, pending, import_folders(job_folder))
+    _prepare_folders(spec)
     display = stack.enter_context(_display(options.display, plan))
     for note in plan.notes:
         display.note(note)
+    for phase in plan.phases:
+        if phase not in pending:
+            display.stage(f"reusing {phase.name}, steps {phase.first_step + 1} to {phase.last_step}")
     if options.address == "local":
         # The workers would, too; but what is missing is better said before they start.
         fetch_files(plan.job.data.kind)
@@ -177,12 +196,14 @@ def _run(plan: Plan, phase: PhasePlan, job_folder: Path, options: TrainOptions, 
     try:
         with _stop_on_signal(plan.run_folder / STOP, display) as stop:
             _fit(spec, display, tracking, embedded=options.address == "local")
-        if stop.is_set() and not (spec.phase_folder / PHASE_MANIFEST).exists():
+        if stop.is_set() and not all(is_complete(plan, phase) for phase in pending):
             status = "KILLED"
             raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
         status = "FINISHED"
     finally:
-        tracking.settle(phase, status, display)
+        for phase in pending:
+            complete_history(plan, phase)
+        tracking.settle(status, display)
 
 
 def _begin_imports() -> None:
@@ -194,25 +215,26 @@ def _begin_imports() -> None:
     threading.Thread(target=import_trainer, daemon=True).start()
 
 
-def _prepare_folder(plan: Plan, import_folders: tuple[str, ...]) -> None:
-    folder = plan.run_folder
+def _prepare_folders(spec: WorkerSpec) -> None:
+    """The run's folder, and the folders of the phases that are to be run, which are marked as this run's."""
+    plan, folder = spec.plan, spec.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP, STAGES, FAILURES):
         (folder / name).unlink(missing_ok=True)
     known = read_json(folder / RUN)
     if known is not None:
         write_json(folder / RUN, {**known, "open": False, "delivered": False})
-    for place in (folder, *(plan.phase_folder(phase) for phase in plan.phases)):
+    for place in (folder, *map(spec.phase_folder, spec.phases)):
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(job_to_yaml(plan.job))
-        write_json(place / PLAN, {**plan.to_dict(), "import_folders": import_folders})
+        write_json(place / PLAN, {**plan.to_dict(), "import_folders": spec.import_folders})
 
 
 class _Tracking:
     """The MLflow run, opened beside the training.
 
     A new database takes seconds of a core, and no worker waits for it: the first step comes first, and what is
-    reported before the run is open is in the history.
+    reported before the run is open is in the histories.
     """
 
     def __init__(self, plan: Plan, command: str) -> None:
@@ -227,10 +249,10 @@ class _Tracking:
             executor.shutdown(wait=False)
         return self._opening
 
-    def settle(self, phase: PhasePlan, status: RunStatus, display: Display) -> None:
+    def settle(self, status: RunStatus, display: Display) -> None:
         """Completes what MLflow knows, with the terminal status. A dead server must not hide the result."""
         try:
-            if not _deliver(self.open().result(), self._plan, phase, status):
+            if not _deliver(self.open().result(), self._plan, status):
                 raise RunError("the store did not take the end of the run in time")
         except RunError as error:
             display.note(f"MLflow lacks what the history of this run has ({error}); the same command delivers it later")
@@ -252,7 +274,20 @@ def _open_run(plan: Plan, command: str) -> TrackedRun:
     run_id = known.get("run_id") if known.get("uri") == uri else None
     run = TrackedRun(uri, open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command))
     write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
+    log_tags(uri, run.run_id, phase_tags(plan, run.run_id))
     return run
+
+
+def phase_tags(plan: Plan, run_id: str) -> dict[str, str]:
+    """`temper.phase.<name>`: the phase's fingerprint; `temper.phase.<name>.computed_by`: the run that computed it,
+    where that is known and is not the run `run_id`."""
+    tags = {}
+    for phase in plan.phases:
+        tags[f"temper.phase.{phase.name}"] = phase.fingerprint
+        computed_by = computing_run(plan, phase)
+        if computed_by not in (None, run_id):
+            tags[f"temper.phase.{phase.name}.computed_by"] = computed_by
+    return tags
 
 
 def import_folders(job_folder: Path) -> tuple[str, ...]:
@@ -294,18 +329,12 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    history, num_stages = HistoryTail(spec.phase_folder / HISTORY), 0
+    watch = Watch(spec, display)
     thread.start()
     while True:
         running = thread.is_alive()
-        stages = read_lines(spec.run_folder / STAGES)
-        for stage in stages[num_stages:]:
-            display.stage(stage["text"])
-        num_stages = len(stages)
-        records = history.poll()
-        if records:
+        if watch.look(time.time() - STAGE_DELAY_S if running else math.inf):
             tracking.open()
-        display.records(records)
         if not running:
             break
         time.sleep(POLL_S)
@@ -313,8 +342,43 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
         raise RunError(_failure_text(spec.run_folder, outcome[0])) from outcome[0]
 
 
+class Watch:
+    """Shows what the workers do: the records of the phases that are run, and what rank 0 says between steps.
+
+    A record comes by way of the controller, later than a text that was written after it. So texts wait a while, and
+    what is there then is shown in the order in which it happened.
+    """
+
+    def __init__(self, spec: WorkerSpec, display: Display) -> None:
+        self._display = display
+        self._stages = spec.run_folder / STAGES
+        self._num_stages = 0
+        self._histories = [HistoryTail(spec.phase_folder(phase) / HISTORY) for phase in spec.phases]
+
+    def look(self, until_s: float) -> bool:
+        """Shows all new records, and the new texts from before `until_s` (Unix time) or before a record; whether there
+        were records."""
+        records = [record for history in self._histories for record in history.poll()]
+        until_ms = max([1000 * until_s, *(record["time_ms"] for record in records)])
+        stages = read_lines(self._stages)[self._num_stages :]
+        due = list(takewhile(lambda stage: stage["time_ms"] <= until_ms, stages))
+        self._num_stages += len(due)
+        left = deque(records)
+        for stage in due:
+            self._show_records(left, stage["time_ms"])
+            self._display.stage(stage["text"])
+        self._show_records(left, math.inf)
+        return bool(records)
+
+    def _show_records(self, records: deque[Record], until_ms: float) -> None:
+        shown = []
+        while records and records[0]["time_ms"] <= until_ms:
+            shown.append(records.popleft())
+        self._display.records(shown)
+
+
 def _build_trainer(spec: WorkerSpec, embedded: bool) -> Any:
-    """What has a `fit()` that runs the phase; imported only now, and in its own thread, because that takes seconds."""
+    """What has a `fit()` that runs the phases; imported only now, and in its own thread, because that takes seconds."""
     if spec.plan.job.parallel.mode == "parameter_server":
         from temper.launch import parameter_server
 
@@ -334,17 +398,21 @@ def _failure_text(run_folder: Path, error: BaseException) -> str:
     return f"rank {last['rank']}: {kind}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
 
 
-def _deliver(run: TrackedRun, plan: Plan, phase: PhasePlan, status: RunStatus) -> bool:
-    delivered = replay(run.uri, run.run_id, plan.phase_folder(phase) / HISTORY) and close_run(
-        run.uri, run.run_id, status
-    )
+def _deliver(run: TrackedRun, plan: Plan, status: RunStatus) -> bool:
+    """Gives MLflow what it lacks of the run; false where it does not take all of it."""
+    delivered = replay(run.uri, run.run_id, phase_histories(plan)) and close_run(run.uri, run.run_id, status)
     write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
+    if delivered and status == "FINISHED":
+        # Only now: it imports matplotlib and torch.
+        from temper.tracking.report import log_plots
+
+        log_plots(run.uri, run.run_id, plan)
     return delivered
 
 
-def _deliver_late(plan: Plan, phase: PhasePlan, job_folder: Path, command: str) -> None:
+def _deliver_late(plan: Plan, job_folder: Path, command: str) -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(plan.run_folder / RUN) or {}
     if not known.get("delivered"):
-        _prepare_folder(plan, import_folders(job_folder))
-        _deliver(_open_run(plan, command), plan, phase, "FINISHED")
+        _prepare_folders(WorkerSpec(plan, (), import_folders(job_folder)))
+        _deliver(_open_run(plan, command), plan, "FINISHED")

@@ -26,8 +26,9 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from temper.run_folder import FAILURES, HISTORY, RUN, TraceSpec, WorkerSpec
+from temper.run_folder import FAILURES, RUN, TraceSpec, WorkerSpec
 from temper.tracking.callback import TrackingCallback, TrackingTarget, build_callbacks
+from temper.tracking.history import phase_histories
 
 
 class ProcessGroupBackend(Backend):
@@ -97,10 +98,10 @@ class UnscaledPolicy(FixedScalingPolicy):
 
 
 def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
-    """The trainer of one phase; its `fit()` returns when the phase is complete or was asked to stop."""
+    """The trainer of the spec's phases; its `fit()` returns when they are complete or were asked to stop."""
     target = TrackingTarget(
         run_record=str(spec.run_folder / RUN),
-        history_path=str(spec.phase_folder / HISTORY),
+        histories=phase_histories(spec.plan),
         failures_path=str(spec.run_folder / FAILURES),
         system_metrics=spec.plan.job.tracking.system_metrics,
     )
@@ -110,7 +111,7 @@ def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
 
 def build_tracer(spec: TraceSpec, *, embedded: bool) -> DataParallelTrainer:
     """The trainer that takes a few steps of plans of one mesh and writes down what they did."""
-    target = TrackingTarget("", "", failures_path=str(spec.run_folder / FAILURES), system_metrics=False)
+    target = TrackingTarget("", (), failures_path=str(spec.run_folder / FAILURES), system_metrics=False)
     return _trainer(_trace_loop, spec, [TrackingCallback(target)], restarts=0, embedded=embedded)
 
 
@@ -146,8 +147,11 @@ def _train_loop(config: dict[str, Any]) -> None:
     from temper.loop import Interrupted
     from temper.worker import work
 
+    def report(phase: str, records: list[dict[str, Any]]) -> None:
+        ray.train.report({"records": records, "phase": phase})
+
     try:
-        work(config["spec"], lambda records: ray.train.report({"records": records}))
+        work(config["spec"], report)
     except Interrupted:
         # The state is saved. To raise would make Ray start the workers again.
         return

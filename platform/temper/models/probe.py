@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ from temper.models.build import build_model
 from temper.models.sequence import Layer, layer_sequence
 from temper.parallel.groups import Group, MeshGroups
 from temper.plan.facts import DataFacts
-from temper.plan.probe import LayerFacts, ModelFacts, Timing, Weights, join_weights
+from temper.plan.probe import LayerFacts, ModelFacts, PrunableWeight, Timing, Weights, join_weights
 from temper.targets import apply_target_folders
 
 _DEVICES = ("meta", "cpu")
@@ -79,6 +80,7 @@ def measure(model: nn.Module, shape: tuple[int, ...], device: str, dtype: torch.
         forward_flops_per_example=whole.flops,
         output_shape=None if logits is None or logits.dim() == 0 else tuple(logits.shape[1:]),
         layers=_layer_facts(model, shape, device, dtype, outputs),
+        prunable=prunable_weights(model),
     )
 
 
@@ -174,6 +176,55 @@ def _weights(module: nn.Module, prefix: str = "") -> Weights:
         sizes=tuple(parameter.numel() for parameter in parameters if parameter.requires_grad),
         buffer_bytes=sum(_num_bytes(buffer) for name, buffer in module.named_buffers() if inside(name)),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ prunable
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Libraries and users have norms and embeddings of their own, e.g. LlamaRMSNorm, LayerNorm2d, PositionalEmbedding.
+_NEVER_PRUNED = re.compile(r"(Norm(\d+d)?|Embedding)$")
+# weight_ih_l0 of an LSTM, in_proj_weight of nn.MultiheadAttention. weight_g is the length in torch's weight_norm.
+_WEIGHT = re.compile(r"^weight(?!_g$)|_weight$")
+_LAYER_KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
+    ("transposed", (nn.modules.conv._ConvTransposeNd,)),
+    ("convolution", (nn.modules.conv._ConvNd,)),
+    ("linear", (nn.Linear, nn.Bilinear)),
+    ("recurrent", (nn.RNNBase, nn.RNNCellBase)),
+)
+
+
+def prunable_weights(model: nn.Module) -> tuple[PrunableWeight, ...]:
+    """The trainable weights of at least two dimensions that make up a layer's sums, in the model's order.
+
+    They are told by their own name, which begins with `weight` or ends in `_weight`, so that layers of a user's own
+    count, too. Biases and the weights of norms and embeddings are none, nor is what a layer shares with one of these,
+    as an output layer does with its tied embedding.
+    """
+    places: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((name, module))
+    return tuple(
+        PrunableWeight(name, tuple(parameter.shape), _layer_kind(places[parameter]))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dim() >= 2 and _is_layers(places[parameter])
+    )
+
+
+def _is_layers(places: Sequence[tuple[str, nn.Module]]) -> bool:
+    return any(_WEIGHT.search(name) for name, _ in places) and not any(
+        isinstance(module, (*_NORMS, *_EMBEDDINGS)) or _NEVER_PRUNED.search(type(module).__name__)
+        for _, module in places
+    )
+
+
+def _layer_kind(places: Sequence[tuple[str, nn.Module]]) -> str:
+    # The linear layer of transformers' GPT-2 has its inputs first, as a transposed convolution has.
+    if any(type(module).__name__ == "Conv1D" for _, module in places):
+        return "transposed"
+    kinds = (kind for _, module in places for kind, classes in _LAYER_KINDS if isinstance(module, classes))
+    return next(kinds, "other")
 
 
 # ---------------------------------------------------------------------------------------------------- tensor parallel

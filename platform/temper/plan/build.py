@@ -5,7 +5,7 @@ Every problem that can be known here is collected and raised together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from temper.config.schema import JobConfig
 from temper.errors import JobError, Problem
 from temper.plan.checks import check_data, check_model, check_storage, check_tracking
 from temper.plan.deepspeed_config import deepspeed_config, zero_stage
+from temper.plan.dsd import expand_phases, pruning_notes
 from temper.plan.facts import DataFacts, data_facts
 from temper.plan.memory import MemoryPlan, plan_memory, stage_weights
 from temper.plan.mesh import BatchPlan, ClusterShape, MeshPlan, check_mesh, plan_batch, plan_mesh
@@ -32,7 +33,8 @@ _MOST_TIMED_EXAMPLES = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen, and what it costs. `steps` are optimizer steps; `memory` is bytes on one rank.
+    """What will happen, and what it costs. `steps` are optimizer steps of all phases together; `memory` is bytes on one
+    rank. `fingerprint` is that of the last phase.
 
     `stages` are those of the pipeline, empty without one.
     """
@@ -58,6 +60,11 @@ class Plan:
     def phase_folder(self, phase: PhasePlan) -> Path:
         """The phase's place in the store: checkpoint, history and manifest, shared by every job that has this phase."""
         return Path(self.job.storage) / "phases" / phase.fingerprint
+
+    def phase_before(self, phase: PhasePlan) -> PhasePlan | None:
+        """The phase that `phase` goes on from; None for the first."""
+        index = self.phases.index(phase)
+        return self.phases[index - 1] if index else None
 
     def lock(self, phase: PhasePlan, rank: int | None = None) -> Path:
         """Held by the command that runs the phase, and one for each rank that writes it. Beside the phase's folder,
@@ -148,7 +155,10 @@ def _decide(
     )
     steps = plan_steps(job, data)
     recipe = ingredients(job, data, mesh, batch, steps, hash_targets(job, job_folder))
-    dense = PhasePlan("dense", 0, steps, fingerprint(recipe), _deepspeed(job, model, mesh, batch))
+    dense = PhasePlan(
+        "dense", "dense", 0, steps, job.optimizer.lr, fingerprint(recipe), _deepspeed(job, model, mesh, batch)
+    )
+    phases = expand_phases(job, data, model.prunable, dense)
     return Plan(
         job=job,
         data=data,
@@ -157,11 +167,11 @@ def _decide(
         mesh=mesh,
         stages=stages,
         batch=batch,
-        steps=steps,
-        phases=(dense,),
+        steps=phases[-1].last_step,
+        phases=phases,
         memory=plan_memory(job, model, mesh, batch),
-        fingerprint=dense.fingerprint,
-        notes=tuple(_notes(job, data, mesh, batch, steps)),
+        fingerprint=phases[-1].fingerprint,
+        notes=(*_notes(job, data, mesh, batch, phases), *pruning_notes(job, model.prunable)),
     )
 
 
@@ -181,11 +191,11 @@ def _collect(problems: list[Problem], find: Callable[[], Found]) -> Found | None
         return None
 
 
-def _notes(job: JobConfig, data: DataFacts, mesh: MeshPlan, batch: BatchPlan, steps: int) -> list[str]:
+def _notes(job: JobConfig, data: DataFacts, mesh: MeshPlan, batch: BatchPlan, phases: Sequence[PhasePlan]) -> list[str]:
     """What a user may not expect, in full sentences."""
     return [
         *_precision_notes(job, mesh),
-        *_budget_notes(batch, data, steps),
+        *_budget_notes(batch, data, phases),
         *_micro_batch_notes(job, batch),
         *_pipeline_notes(job, batch),
         *_server_notes(job),
@@ -206,9 +216,12 @@ def _precision_notes(job: JobConfig, mesh: MeshPlan) -> list[str]:
     return notes
 
 
-def _budget_notes(batch: BatchPlan, data: DataFacts, steps: int) -> list[str]:
+def _budget_notes(batch: BatchPlan, data: DataFacts, phases: Sequence[PhasePlan]) -> list[str]:
+    steps = phases[-1].last_step
     epochs = steps * batch.global_batch / data.train_examples
-    return [f"{steps} steps of {batch.global_batch} examples are {epochs:.3g} epochs of {data.train_examples} examples"]
+    together = f" in all {len(phases)} phases" if len(phases) > 1 else ""
+    passes = f"{epochs:.3g} epochs of {data.train_examples} examples"
+    return [f"{steps} steps of {batch.global_batch} examples{together} are {passes}"]
 
 
 def _micro_batch_notes(job: JobConfig, batch: BatchPlan) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from temper.config.explain import suggest
 from temper.config.schema import JobConfig
 from temper.errors import Problem
+from temper.plan.dsd import check_layers
 from temper.plan.facts import DataFacts
-from temper.plan.phases import plan_steps
+from temper.plan.phases import phase_steps, plan_steps
 from temper.plan.probe import ModelFacts
 from temper.plan.stages import check_stages
 
@@ -29,6 +31,7 @@ def check_data(job: JobConfig, data: DataFacts) -> list[Problem]:
         remedy = f"use at most {largest}" if largest else f"use at most {examples}, and as many workers"
         problems.append(Problem("data.global_batch", batch, f"is larger than the training split of {examples}", remedy))
     problems += _check_epochs(job, data)
+    problems += _check_rounds(job, data)
     problems += _check_classes(job, data)
     problems += _check_metrics(job, data)
     problems += _check_tokens(job)
@@ -41,14 +44,64 @@ def _check_epochs(job: JobConfig, data: DataFacts) -> list[Problem]:
     epochs, warmup = job.budget.epochs, job.optimizer.schedule.warmup_steps
     if epochs is None or job.budget.steps is not None:
         return []
-    if epochs * data.train_examples > _MAX_STEPS:
-        most = _MAX_STEPS // data.train_examples
-        return [Problem("budget.epochs", epochs, "is more than any run can take", f"use at most {most}")]
+    too_many = _too_many_epochs("budget.epochs", epochs, data)
+    if too_many:
+        return too_many
     steps = plan_steps(job, data)
     if warmup < steps:
         return []
     rule = f"never ends: budget.epochs: {epochs:g} are {steps} steps"
     return [Problem("optimizer.schedule.warmup_steps", warmup, rule, f"use at most {steps - 1}")]
+
+
+def _too_many_epochs(key: str, epochs: float | None, data: DataFacts) -> list[Problem]:
+    if epochs is None or epochs * data.train_examples <= _MAX_STEPS:
+        return []
+    most = _MAX_STEPS // data.train_examples
+    return [Problem(key, epochs, "is more than any run can take", f"use at most {most}")]
+
+
+def _check_rounds(job: JobConfig, data: DataFacts) -> list[Problem]:
+    """The lengths of sparse and re-dense phases, once check_job finds each one given."""
+    budget, lengths = job.budget, list(_lengths(job))
+    problems = [problem for key, _, epochs in lengths for problem in _too_many_epochs(f"{key}_epochs", epochs, data)]
+    if problems or _too_many_epochs("budget.epochs", budget.epochs, data) or not lengths:
+        return problems
+    steps = {key: phase_steps(number, epochs, job, data) for key, number, epochs in lengths}
+    dense = [(budget.steps, budget.epochs)] if _is_one(budget.steps, budget.epochs) else []
+    total = sum([*steps.values(), *(phase_steps(*length, job, data) for length in dense)])
+    if total > _MAX_STEPS:
+        rule = f"make {total} steps with the budget, more than any run can take"
+        return [Problem("dsd.rounds", None, rule, "use fewer or shorter ones")]
+    return _check_warmup(job, {key: number for key, number in steps.items() if number > 0})
+
+
+def _lengths(job: JobConfig) -> Iterator[tuple[str, int | None, float | None]]:
+    """(beginning of the keys, steps, epochs) of each sparse and re-dense phase that has one of the two."""
+    for index, round_ in enumerate(job.dsd.rounds if job.dsd else ()):
+        for kind, steps, epochs in (
+            ("sparse", round_.sparse_steps, round_.sparse_epochs),
+            ("redense", round_.redense_steps, round_.redense_epochs),
+        ):
+            if _is_one(steps, epochs):
+                yield f"dsd.rounds.{index}.{kind}", steps, epochs
+
+
+def _is_one(steps: int | None, epochs: float | None) -> bool:
+    return (steps is None) != (epochs is None)
+
+
+def _check_warmup(job: JobConfig, steps: Mapping[str, int]) -> list[Problem]:
+    """The warm-up of sparse and re-dense phases against the shortest of them."""
+    assert job.dsd is not None, "only its rounds have such phases"
+    own = job.dsd.schedule is not None
+    warmup = (job.dsd.schedule or job.optimizer.schedule).warmup_steps
+    shortest, number = min(steps.items(), key=lambda item: item[1], default=("", warmup + 1))
+    if warmup < number:
+        return []
+    rule = f"never ends in a phase of {number} {'step' if number == 1 else 'steps'} ({shortest}_steps or _epochs)"
+    remedy = f"use at most {number - 1}" + ("" if own else " or give these phases a dsd.schedule of their own")
+    return [Problem(f"{'dsd' if own else 'optimizer'}.schedule.warmup_steps", warmup, rule, remedy)]
 
 
 def _check_classes(job: JobConfig, data: DataFacts) -> list[Problem]:
@@ -92,10 +145,11 @@ def _check_image_blocks(job: JobConfig, data: DataFacts) -> list[Problem]:
 
 
 def check_model(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:
-    """What the built model shows: nothing to train, too few outputs for the classes, no stages to cut it into."""
+    """What the built model shows: nothing to train, too few outputs for the classes, no stages to cut it into, no layer
+    to prune."""
     if model.num_trainable == 0:
         return [Problem("model", job.model.kind, "has no trainable parameter", "use a model with weights")]
-    return [*_check_outputs(job, data, model), *_check_pipeline(job, model)]
+    return [*_check_outputs(job, data, model), *_check_pipeline(job, model), *check_layers(job, model.prunable)]
 
 
 def _check_outputs(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from temper.config.schema import JobConfig
 from temper.plan.deepspeed_config import bucket_elements, zero_stage
+from temper.plan.dsd import resolve_layers
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.plan.probe import ModelFacts, Weights, join_weights
 
@@ -38,7 +39,9 @@ class MemoryPlan:
     - `activations`: of one micro-batch; in a pipeline of all that are under way in the stage, with the inputs that it
       received. Tensor ranks are counted as if each kept the activations of the unsplit layers, which is an upper bound.
     - `buckets`: buffers in which gradients are gathered to be reduced
-    - `server`: one shard of a parameter server: its part of the weights and of the optimizer's state
+    - `masks`: in sparse phases; a byte for each element of the masters, also of layers that stay dense, since ZeRO
+      flattens them together
+    - `server`: one shard of a parameter server: its part of the weights, of the masks and of the optimizer's state
     """
 
     parameters: int
@@ -49,16 +52,18 @@ class MemoryPlan:
     host_gradients: int
     host_optimizer_state: int
     server: int = 0
+    masks: int = 0
+    host_masks: int = 0
 
     @property
     def device_bytes(self) -> int:
         """All that lies on the rank's device."""
-        return self.parameters + self.gradients + self.optimizer_state + self.activations + self.buckets
+        return self.parameters + self.gradients + self.optimizer_state + self.activations + self.buckets + self.masks
 
     @property
     def host_bytes(self) -> int:
         """All that offload puts into host memory."""
-        return self.host_gradients + self.host_optimizer_state
+        return self.host_gradients + self.host_optimizer_state + self.host_masks
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def plan_memory(job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchP
     if job.parallel.mode == "parameter_server":
         return _worker_and_server(job, model, batch)
     parts = _parts(model, mesh, batch)
-    return max((_rank_memory(job, part, mesh, batch) for part in parts), key=lambda memory: memory.device_bytes)
+    masked = _is_masked(job, model)
+    return max((_rank_memory(job, part, mesh, batch, masked) for part in parts), key=lambda memory: memory.device_bytes)
 
 
 def stage_weights(model: ModelFacts, mesh: MeshPlan) -> list[Weights]:
@@ -108,12 +114,18 @@ def _parts(model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> list[_Part]:
     return parts
 
 
-def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan) -> MemoryPlan:
+def _is_masked(job: JobConfig, model: ModelFacts) -> bool:
+    dsd = job.dsd
+    return dsd is not None and any(resolve_layers(dsd, round_, model.prunable) for round_ in dsd.rounds)
+
+
+def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan, masked: bool) -> MemoryPlan:
     zero, width, weights = zero_stage(job), BYTES[job.precision.dtype], part.weights
     shares = _shares(zero, weights.sizes, mesh.data)
     offload = job.parallel.offload == "cpu"
     state = _optimizer_state(job, shares)
     gradients = _gradients(zero, width, weights, shares)
+    masks = shares.partition if masked else 0
     return MemoryPlan(
         parameters=_parameters(zero, width, weights, mesh, shares),
         gradients=_staged_gradients(zero, width, weights) if offload else gradients,
@@ -122,15 +134,19 @@ def _rank_memory(job: JobConfig, part: _Part, mesh: MeshPlan, batch: BatchPlan) 
         buckets=_buckets(zero, width, weights, mesh),
         host_gradients=_host_gradients(zero, width, weights, batch, shares) if offload else 0,
         host_optimizer_state=state if offload else 0,
+        masks=0 if offload else masks,
+        host_masks=masks if offload else 0,
     )
 
 
 def _worker_and_server(job: JobConfig, model: ModelFacts, batch: BatchPlan) -> MemoryPlan:
     """A worker has its own fp32 weights and gradients, rounded ones beside them in bf16, and a second set of gradients
-    where it adds them up between pushes (Dean et al. 2012, algorithm 1.1); the optimizer's state is the server's."""
+    where it adds them up between pushes (Dean et al. 2012, algorithm 1.1); the optimizer's state is the server's. Masks
+    are on both sides."""
     width, shard = BYTES[job.precision.dtype], -(-model.num_trainable // job.parallel.shards)
     rounded = width if job.precision.is_low else 0
     accrued = _FP32 if job.parallel.n_push > 1 else 0
+    masked = _is_masked(job, model)
     return MemoryPlan(
         parameters=(_FP32 + rounded) * model.num_parameters + model.buffer_bytes,
         gradients=(_FP32 + rounded + accrued) * model.num_trainable,
@@ -139,7 +155,8 @@ def _worker_and_server(job: JobConfig, model: ModelFacts, batch: BatchPlan) -> M
         buckets=0,
         host_gradients=0,
         host_optimizer_state=0,
-        server=_FP32 * shard * (1 + _num_moments(job)),
+        server=(_FP32 * (1 + _num_moments(job)) + masked) * shard,
+        masks=masked * model.num_trainable,
     )
 
 

@@ -10,11 +10,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
+from temper.schedules import Schedule, build_schedule
 
 NUMERICS_VERSION = 2
 """Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
@@ -26,23 +27,59 @@ _LIBRARIES = ("torch", "torchvision", "deepspeed")
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What a sparse phase prunes: `layers` gives the share of each pruned layer, by the name of its weight in the
+    model; `structure` and `criterion` as in the job's round. `seed` is that of a random criterion."""
+
+    structure: str
+    criterion: str
+    layers: dict[str, float]
+    seed: int
+
+
+@dataclass(frozen=True)
 class PhasePlan:
     """`steps` optimizer steps from `first_step` (0-based, over the whole job) under one DeepSpeed configuration, which
-    is empty where DeepSpeed has no part in them."""
+    is empty where DeepSpeed has no part in them.
+
+    `lr` is what the phase's schedule is multiplied by. A sparse phase has a `pruning`. `fresh` says that the optimizer
+    begins the phase without moments.
+    """
 
     name: str
+    kind: Literal["dense", "sparse", "redense"]
     first_step: int
     steps: int
+    lr: float
     fingerprint: str
     deepspeed: dict[str, Any]
+    pruning: Pruning | None = None
+    fresh: bool = False
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
+
+
+def learning_rate(job: JobConfig, phase: PhasePlan) -> Schedule:
+    """The learning rate of the phase's optimizer step `step`, which is counted from 0 in each phase."""
+    own = job.dsd.schedule if job.dsd is not None and phase.kind != "dense" else None
+    factor = build_schedule(own or job.optimizer.schedule, phase.steps)
+    return lambda step: phase.lr * factor(step)
 
 
 def plan_steps(job: JobConfig, data: DataFacts) -> int:
-    """Optimizer steps of the budget. Batches run on across epochs, so that each example is seen once in each."""
-    if job.budget.steps is not None:
-        return job.budget.steps
-    assert job.budget.epochs is not None, "check_job lets exactly one of steps and epochs through"
-    return max(1, round(job.budget.epochs * data.train_examples / job.data.global_batch))
+    """Optimizer steps of the budget, which is that of the dense phase."""
+    return phase_steps(job.budget.steps, job.budget.epochs, job, data)
+
+
+def phase_steps(steps: int | None, epochs: float | None, job: JobConfig, data: DataFacts) -> int:
+    """Optimizer steps of a phase of so many steps or epochs. Batches run on across epochs, so that each example is seen
+    once in each."""
+    if steps is not None:
+        return steps
+    assert epochs is not None, "check_job lets exactly one of steps and epochs through"
+    return max(1, round(epochs * data.train_examples / job.data.global_batch))
 
 
 def ingredients(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,7 +29,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.phases import fingerprint, library_versions
 from temper.plan.targets import hash_targets, local_folders
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """Raised when temper's probe or its own models change, so that answers kept from before are not used."""
 
 _TIMEOUT_S = 600
@@ -72,6 +73,26 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class PrunableWeight:
+    """A weight that a sparse phase may prune: its name in the model, its shape, outputs first as torch has it, and what
+    it belongs to: `convolution`, `linear`, `recurrent` or `other`; `transposed` is a layer that has its inputs first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def module(self) -> str:
+        """The name of the module that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model as the plan sees it. Bytes are at fp32; a multiply-add counts as two FLOPs.
 
@@ -80,6 +101,7 @@ class ModelFacts:
     the backward pass. `output_shape` is that of one example's output, None where it is not one tensor. `layers` is
     empty where the model is not a sequence of layers. `splits` tells how the work of the modules named is split over
     the tensor ranks, and `part` what the first of them holds, which holds most; None without tensor parallelism.
+    `prunable` are, in the model's order, the whole weights that are neither biases nor a norm's nor an embedding's.
     """
 
     num_parameters: int
@@ -92,6 +114,7 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
     part: Weights | None = None
+    prunable: tuple[PrunableWeight, ...] = ()
 
     @property
     def weights(self) -> Weights:

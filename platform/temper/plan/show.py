@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 
 from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.build import Plan
+from temper.plan.dsd import count_pruned
 from temper.plan.memory import MemoryPlan
-from temper.plan.phases import PhasePlan
+from temper.plan.phases import PhasePlan, Pruning, learning_rate
+from temper.plan.probe import PrunableWeight
 from temper.plan.stages import StagePlan, bubble, imbalance
-from temper.schedules import build_schedule
 
 Row = tuple[str, str]
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TIMES = "×"
 _COLUMNS = 120
 _NAMES_SHOWN = 3
+_LAYERS_SHOWN = 6
 
 
 def plan_table(plan: Plan) -> str:
@@ -76,13 +78,7 @@ def _how(plan: Plan) -> Sequence[Row]:
         ("batch", _batch(plan)),
         ("optimizer", f"{job.optimizer.kind}, lr {job.optimizer.lr:g}" + _clipping(job)),
         ("schedule", _schedule(plan)),
-        *[
-            (
-                f"phase {phase.name}",
-                _phase(phase),
-            )
-            for phase in plan.phases
-        ],
+        *[row for phase in plan.phases for row in _phase_rows(plan, phase)],
     ]
 
 
@@ -138,10 +134,11 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
 
 def _split(kind: str, splits: Mapping[str, str]) -> str:
     """e.g. `output_maps: conv1, layer1_0.conv1, layer1_0.conv2, … (12)`."""
-    names = [name for name, split in splits.items() if split == kind]
-    if len(names) <= _NAMES_SHOWN:
-        return f"{kind}: {', '.join(names)}"
-    return f"{kind}: {', '.join(names[:_NAMES_SHOWN])}, … ({len(names)})"
+    return f"{kind}: {_names([name for name, split in splits.items() if split == kind], _NAMES_SHOWN)}"
+
+
+def _names(names: Sequence[str], shown: int) -> str:
+    return ", ".join(names) if len(names) <= shown else f"{', '.join(names[:shown])}, … ({len(names)})"
 
 
 def _server_rows(plan: Plan) -> Sequence[Row]:
@@ -176,8 +173,79 @@ def _count(number: int, name: str) -> str:
     return f"{number} {plural}"
 
 
-def _phase(phase: PhasePlan) -> str:
-    return f"steps {phase.first_step} to {phase.first_step + phase.steps}, stored under {phase.fingerprint[:10]}…"
+def _phase_rows(plan: Plan, phase: PhasePlan) -> Sequence[Row]:
+    row = f"phase {phase.name}", ", ".join(_phase(plan, phase))
+    return [row] if phase.pruning is None else [row, *_layer_rows(phase.pruning, plan.model.prunable)]
+
+
+def _phase(plan: Plan, phase: PhasePlan) -> Sequence[str]:
+    stored = f"stored under {phase.fingerprint[:10]}…"
+    steps = f"steps {phase.first_step:,} to {phase.last_step:,}"
+    if len(plan.phases) == 1:
+        return [steps, stored]
+    parts = [steps, _phase_lr(plan.job, phase)]
+    if phase.pruning is not None:
+        parts.append(_pruned(phase.pruning, plan.model.prunable))
+    if phase.kind == "redense":
+        parts.append(_regrown(plan.phase_before(phase)))
+    if phase.kind != "dense":
+        parts.append(f"optimizer {'fresh' if phase.fresh else 'kept'}")
+    return [*parts, stored]
+
+
+def _regrown(before: PhasePlan | None) -> str:
+    pruned = before is not None and before.pruning is not None and before.pruning.layers
+    return "all weights train again, pruned ones from zero" if pruned else "all weights train on"
+
+
+def _phase_lr(job: JobConfig, phase: PhasePlan) -> str:
+    """e.g. `lr 0.1 → 0.001 (cosine)`, from the end of the warm-up to the end of the phase."""
+    config = job.dsd.schedule if job.dsd is not None and job.dsd.schedule and phase.kind != "dense" else None
+    config = config or job.optimizer.schedule
+    lr = learning_rate(job, phase)
+    highest, last = lr(config.warmup_steps), lr(phase.steps)
+    warmup = f" after {_count(config.warmup_steps, 'step')} of warm-up" if config.warmup_steps else ""
+    way = f"{highest:.3g}" if highest == last else f"{highest:.3g} → {last:.3g}"
+    return f"lr {way} ({config.kind}{warmup})"
+
+
+def _pruned(pruning: Pruning, prunable: Sequence[PrunableWeight]) -> str:
+    """e.g. `30% of 5 layers pruned: 31,740 of 105,800 prunable weights are zero`."""
+    if not pruning.layers:
+        return "nothing pruned"
+    total = sum(weight.numel for weight in prunable)
+    zeros = sum(
+        count_pruned(weight, pruning.layers[weight.name], pruning.structure)
+        for weight in prunable
+        if weight.name in pruning.layers
+    )
+    least, most = min(pruning.layers.values()), max(pruning.layers.values())
+    share = _percent(most) if least == most else f"{_percent(least)} to {_percent(most)}"
+    # N:M is always a share of the weights in a row, so its name says it.
+    what = {"weights": "", "channels": " of the channels"}.get(pruning.structure, f" ({pruning.structure})")
+    chance = " at random" if pruning.criterion == "random" else ""
+    layers = _count(len(pruning.layers), "layer")
+    return f"{share}{what} of {layers} pruned{chance}: {zeros:,} of {total:,} prunable weights are zero"
+
+
+def _layer_rows(pruning: Pruning, prunable: Sequence[PrunableWeight]) -> Sequence[Row]:
+    """Which layers are pruned, by their share, and which of those that could be are not."""
+    dense = [weight.name for weight in prunable if weight.name not in pruning.layers]
+    return [
+        *[
+            ("  pruned", f"{_percent(share)}: {_names(_layers_of(pruning, share), _LAYERS_SHOWN)}")
+            for share in dict.fromkeys(pruning.layers.values())
+        ],
+        *([("  left dense", _names(dense, _LAYERS_SHOWN))] if dense else []),
+    ]
+
+
+def _layers_of(pruning: Pruning, share: float) -> list[str]:
+    return [name for name, other in pruning.layers.items() if other == share]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _precision(precision: PrecisionConfig) -> str:
@@ -215,16 +283,14 @@ def _clipping(job: JobConfig) -> str:
 
 
 def _schedule(plan: Plan) -> str:
-    """The kind and the learning rate along the way, e.g. `cosine: 0.001 at step 0, 0.1 at step 100, …`."""
-    config = plan.job.optimizer.schedule
+    """The kind and the dense phase's learning rate on its way, e.g. `cosine: 0.001 at step 0, 0.1 at step 100, …`."""
+    config, dense = plan.job.optimizer.schedule, plan.phases[0]
     if config.kind == "constant" and config.warmup_steps == 0:
         return "constant"
-    schedule = build_schedule(config, plan.steps)
-    last = plan.steps - 1
-    steps = sorted({0, min(config.warmup_steps, last), plan.steps // 4, plan.steps // 2, plan.steps * 3 // 4, last})
-    return f"{config.kind}: " + ", ".join(
-        f"{plan.job.optimizer.lr * schedule(step):.3g} at step {step}" for step in steps
-    )
+    lr, last = learning_rate(plan.job, dense), dense.steps - 1
+    steps = sorted({0, min(config.warmup_steps, last), dense.steps // 4, dense.steps // 2, dense.steps * 3 // 4, last})
+    where = " in the dense phase" if len(plan.phases) > 1 else ""
+    return f"{config.kind}{where}: " + ", ".join(f"{lr(step):.3g} at step {step}" for step in steps)
 
 
 def _cost(plan: Plan) -> Sequence[Row]:
@@ -262,6 +328,7 @@ def _parts(memory: MemoryPlan) -> str:
         "optimizer": memory.optimizer_state,
         "activations": memory.activations,
         "buckets": memory.buckets,
+        **({"masks": memory.masks} if memory.masks else {}),
     }
     return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
 
@@ -270,13 +337,15 @@ def _host_row(memory: MemoryPlan) -> Sequence[Row]:
     if not memory.host_bytes:
         return []
     parts = f"gradients {_size(memory.host_gradients)}, optimizer {_size(memory.host_optimizer_state)}"
+    parts += f", masks {_size(memory.host_masks)}" if memory.host_masks else ""
     return [("host memory", f"{_size(memory.host_bytes)} beside each rank: {parts}")]
 
 
 def _server_row(plan: Plan) -> Sequence[Row]:
     if plan.job.parallel.mode != "parameter_server":
         return []
-    return [("server memory", f"{_size(plan.memory.server)} in each shard: weights and optimizer state")]
+    masks = ", masks" if plan.memory.masks else ""
+    return [("server memory", f"{_size(plan.memory.server)} in each shard: weights{masks} and optimizer state")]
 
 
 def _size(size: int) -> str:

@@ -22,7 +22,7 @@ from temper.errors import RunError
 from temper.files import read_json
 from temper.tracking.delivery import RunTracker
 from temper.tracking.failures import describe_failure, failed_ranks, unwrap
-from temper.tracking.history import History
+from temper.tracking.history import Histories, PhaseHistory
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,15 @@ _ABORT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class TrackingTarget:
-    """Where one phase's records and failures go.
+    """Where a job's records and failures go.
 
     `run_record` is the file in which the driver writes down the MLflow run as soon as it is open: workers start
-    meanwhile, and what they report before is in the history. `system_metrics`: log the machine's too.
+    meanwhile, and what they report before is in the histories. `histories` are those of all phases, in their order,
+    also of the phases that are reused: the run is given their records too. `system_metrics`: log the machine's too.
     """
 
     run_record: str
-    history_path: str
+    histories: tuple[PhaseHistory, ...]
     failures_path: str
     system_metrics: bool
 
@@ -51,25 +52,22 @@ def build_callbacks(target: TrackingTarget) -> list[RayTrainCallback]:
 
 
 class TrackingCallback(UserCallback):
-    """Takes `{"records": [...]}` of rank 0 from every report; the other ranks' metrics are not looked at."""
+    """Takes `{"records": [...], "phase": name}` of rank 0 from every report; the other ranks' are not looked at."""
 
     def __init__(self, target: TrackingTarget) -> None:
         self.target = target
-        self._history: History | None = None
+        self._histories: Histories | None = None
         self._tracker: RunTracker | None = None
         self._failures: list[dict[str, Any]] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Never raises: a fault in tracking must not end the training."""
         try:
-            records = metrics[0].get("records", [])
-            if self._history is None:
-                self._history = History(self.target.history_path)
-            tracker = self._open_tracker(self._history)
-            if tracker is None:
-                self._history.append(records)
-            else:
-                tracker.add(records)
+            if self._histories is None:
+                self._histories = Histories(self.target.histories)
+            tracker = self._open_tracker(self._histories)
+            store = self._histories.append if tracker is None else tracker.add
+            store(metrics[0]["phase"], metrics[0]["records"])
         except Exception:
             log.exception("a report could not be tracked")
 
@@ -90,23 +88,23 @@ class TrackingCallback(UserCallback):
     def close(self, timeout_s: float) -> bool:
         """Deliver what is left; true when the store has everything. Never raises."""
         try:
-            if self._history is None:
+            if self._histories is None:
                 return True
-            tracker = self._open_tracker(self._history)
+            tracker = self._open_tracker(self._histories)
             return tracker is not None and tracker.close(timeout_s)
         except Exception:
             log.exception("tracking did not end in order")
             return False
 
-    def _open_tracker(self, history: History) -> RunTracker | None:
-        """Once the run is open, its tracker, which first delivers what the history holds."""
+    def _open_tracker(self, histories: Histories) -> RunTracker | None:
+        """Once the run is open, its tracker, which first delivers what the histories hold."""
         if self._tracker is None and (run := read_json(Path(self.target.run_record))) and run.get("open"):
             watched = self.target.system_metrics
             try:
-                tracker = RunTracker(run["uri"], run["run_id"], history, system_metrics=watched)
+                tracker = RunTracker(run["uri"], run["run_id"], histories, system_metrics=watched)
                 tracker.start()
             except Exception:
-                log.exception("the run cannot be tracked; its history goes on")
+                log.exception("the run cannot be tracked; its histories go on")
                 return None
             self._tracker = tracker
         return self._tracker

@@ -1,20 +1,21 @@
-"""Records from the history to the tracking store: in the background, in batches, each exactly once, through any outage.
+"""Records from the histories to the tracking store: in the background, in batches, each once, through any outage.
 
-The history file is the queue. What has arrived is asked of the store itself, at the start and after every failure,
-so neither a crash on this side nor a lost answer from the other loses or doubles a step.
+The histories of all phases, one after the other, are the queue: steps rise from phase to phase. What has arrived is
+asked of the store itself, at the start and after every failure, so neither a crash on this side nor a lost answer from
+the other loses or doubles a step.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from temper.tracking.history import History, HistoryTail, Record
+from temper.tracking.history import Histories, HistoryTail, PhaseHistory, Record
 from temper.tracking.mlflow_store import BATCH_METRICS, RefusedError, RunMetrics
 from temper.tracking.redact import redact_text
 
@@ -49,15 +50,31 @@ OpenSink = Callable[[str, str], Sink]
 
 
 class Delivery:
-    """What is still to be sent from one history to one run."""
+    """What is still to be sent from the histories of a job's phases to one run; `unwritten` gives what a phase's file
+    does not hold yet.
 
-    def __init__(self, tail: HistoryTail, unwritten: Callable[[], list[Record]], open_sink: Callable[[], Sink]) -> None:
-        self._tail = tail
+    A phase's turn comes when the last step of the one before it is delivered: the store knows the last step that it
+    has, and what overtook another phase's records would keep them out.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[PhaseHistory],
+        unwritten: Callable[[str], list[Record]],
+        open_sink: Callable[[], Sink],
+    ) -> None:
+        self._phases = list(phases)
+        self._tail = HistoryTail(self._phases[0].path)
         self._unwritten = unwritten
         self._open_sink = open_sink
         self._waiting: deque[Record] = deque()
         self._delivered: int | None = None  # None: the store must be asked
         self.sink: Sink | None = None
+
+    @property
+    def path(self) -> Path:
+        """The history that is being delivered."""
+        return self._tail.path
 
     def deliver(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Send all that there is, or up to the first batch before which `stop()`. Raises what the store raises; the
@@ -79,13 +96,20 @@ class Delivery:
                 self._waiting.popleft()
             if self._waiting:
                 return take_batch(self._waiting)
-            # What a full disk keeps out of the file is later than everything in it.
-            records = self._tail.poll(limit=BATCH_METRICS)
-            if not records:
-                records = [record for record in self._unwritten() if record["step"] > delivered]
+            while delivered >= self._phases[0].last_step and len(self._phases) > 1:
+                del self._phases[0]
+                self._tail = HistoryTail(self._phases[0].path)
+            records = self._news(delivered)
             if not records:
                 return []
             self._waiting.extend(records)
+
+    def _news(self, delivered: int) -> list[Record]:
+        """What comes next in the current phase's history."""
+        # What a full disk keeps out of the file is later than everything in it; asked for first, because it may be
+        # written before the file is read, but not the other way round.
+        held = self._unwritten(self._phases[0].name)
+        return self._tail.poll(limit=BATCH_METRICS) or [record for record in held if record["step"] > delivered]
 
     def _send(self, sink: Sink, batch: Sequence[Record]) -> None:
         try:
@@ -111,17 +135,23 @@ def take_batch(records: Iterable[Record], limit: int = BATCH_METRICS) -> list[Re
 
 
 class RunTracker:
-    """A thread that delivers a history to a run while it grows, and logs the use of the machine if asked to.
+    """A thread that delivers histories to a run while they grow, and logs the use of the machine if asked to.
 
     Nothing here raises or waits for the store, except `close` for as long as it is told to.
     """
 
     def __init__(
-        self, uri: str, run_id: str, history: History, *, system_metrics: bool = False, open_sink: OpenSink = RunMetrics
+        self,
+        uri: str,
+        run_id: str,
+        histories: Histories,
+        *,
+        system_metrics: bool = False,
+        open_sink: OpenSink = RunMetrics,
     ) -> None:
         self._uri = uri
-        self._history = history
-        self._delivery = Delivery(HistoryTail(history.path), history.unwritten, lambda: open_sink(uri, run_id))
+        self._histories = histories
+        self._delivery = Delivery(histories.phases, histories.unwritten, lambda: open_sink(uri, run_id))
         self._system_metrics = system_metrics
         self._system: SystemWatch | None = None
         self._system_started_s = -_SYSTEM_RESTART_S
@@ -133,19 +163,19 @@ class RunTracker:
         self._thread = threading.Thread(target=self._run, name="temper-tracking", daemon=True)
 
     def start(self) -> None:
-        """Begin; what the history holds and the store does not is sent first."""
+        """Begin; what the histories hold and the store does not is sent first."""
         self._news.set()
         self._thread.start()
 
-    def add(self, records: Sequence[Record]) -> list[Record]:
-        """Store records in the history and have them delivered; returns those that the history did not have."""
-        new = self._history.append(records)
+    def add(self, phase: str, records: Sequence[Record]) -> list[Record]:
+        """Store a phase's records in its history and have them delivered; returns those that it did not have."""
+        new = self._histories.append(phase, records)
         if new:
             self._news.set()
         return new
 
     def close(self, timeout_s: float) -> bool:
-        """Deliver the rest and end; false where that takes longer. What is left stays in the history, for `replay`."""
+        """Deliver the rest and end; false where that takes longer. What is left is for `replay`."""
         self._closing.set()
         self._news.set()
         if self._thread.ident is None:
@@ -202,7 +232,7 @@ class RunTracker:
             reason = redact_text(next(iter(str(error).splitlines()), ""))
             log.warning(
                 "MLflow at %s takes no metrics (%s: %s); they are kept in %s and delivered later",
-                redact_text(self._uri), type(error).__name__, reason, self._history.path,
+                redact_text(self._uri), type(error).__name__, reason, self._delivery.path,
             )  # fmt: skip
 
     def _say_recovery(self) -> None:
@@ -214,15 +244,15 @@ class RunTracker:
 def replay(
     uri: str,
     run_id: str,
-    history_path: str | os.PathLike[str],
+    phases: Sequence[PhaseHistory],
     timeout_s: float = 30.0,
     open_sink: OpenSink = RunMetrics,
 ) -> bool:
-    """Send what the run lacks of a history that nobody writes any more; true when it has everything.
+    """Send what the run lacks of histories that nobody writes any more; true when it has everything.
 
     For the driver, after the training: the process that tracked it may have died with the last steps undelivered.
     """
-    delivery = Delivery(HistoryTail(history_path), list, lambda: open_sink(uri, run_id))
+    delivery = Delivery(phases, lambda phase: [], lambda: open_sink(uri, run_id))
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -230,6 +260,6 @@ def replay(
             return time.monotonic() < deadline_s
         except Exception as error:
             if time.monotonic() >= deadline_s:
-                log.warning("MLflow did not take the rest of %s: %s", history_path, redact_text(str(error)))
+                log.warning("MLflow did not take the rest of %s: %s", delivery.path, redact_text(str(error)))
                 return False
         time.sleep(_CLOSING_PAUSE_S)

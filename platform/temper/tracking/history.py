@@ -1,10 +1,10 @@
-"""The history of a phase: one record for each optimizer step, in a file that survives any crash.
+"""The histories of a job's phases: one record for each optimizer step, in files that survive any crash.
 
 `<phase folder>/history.jsonl` holds one JSON object a line, in ascending order of steps:
 `{"step": int, "time_ms": int, "metrics": {name: float}}`, with `"events": [str]` where something happened in the step
-that numbers do not say. It is written by one process, the Ray Train controller or the supervisor of a parameter server,
-and read by any other. It is also the queue from which the tracker delivers to MLflow, so an outage there costs no
-memory.
+that numbers do not say. Steps are counted over the whole job, so they rise from phase to phase. A history is written by
+one process, the Ray Train controller or the supervisor of a parameter server, and read by any other. Those of all
+phases are also the queue from which the tracker delivers to MLflow, so an outage there costs no memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+from temper.run_folder import HISTORY
+
+if TYPE_CHECKING:
+    from temper.plan.build import Plan
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +35,20 @@ class Record(TypedDict):
     time_ms: int
     metrics: dict[str, float]
     events: NotRequired[list[str]]
+
+
+@dataclass(frozen=True)
+class PhaseHistory:
+    """Where the records of a phase lie. Its last step is always recorded, so the history is over with `last_step`."""
+
+    name: str
+    path: Path
+    last_step: int
+
+
+def phase_histories(plan: Plan) -> tuple[PhaseHistory, ...]:
+    """The history of each phase, in the order of the phases."""
+    return tuple(PhaseHistory(phase.name, plan.phase_folder(phase) / HISTORY, phase.last_step) for phase in plan.phases)
 
 
 class History:
@@ -90,6 +110,30 @@ class History:
         self._failing = True
 
 
+class Histories:
+    """The writing end of all phases' histories. Each is opened with the first report of its phase, so that those of
+    phases which were computed elsewhere are left alone."""
+
+    def __init__(self, phases: Sequence[PhaseHistory]) -> None:
+        self.phases = tuple(phases)
+        self._paths = {phase.name: phase.path for phase in phases}
+        self._opened: dict[str, History] = {}
+
+    def append(self, phase: str, records: Sequence[Record]) -> list[Record]:
+        """Store the records of a phase that are new and return them. See :meth:`History.append`."""
+        if phase not in self._opened:
+            self._opened[phase] = History(self._paths[phase])
+        new = self._opened[phase].append(records)
+        for other in self._opened.values():
+            other.append([])  # what a full disk kept out of it
+        return new
+
+    def unwritten(self, phase: str) -> list[Record]:
+        """Records of a phase that the disk has not taken yet; all later than those in its file."""
+        history = self._opened.get(phase)
+        return [] if history is None else history.unwritten()
+
+
 class HistoryTail:
     """The reading end for somebody who follows: each call of `poll` returns what has been added since the last one."""
 
@@ -115,6 +159,15 @@ class HistoryTail:
                     self.last_step = record["step"]
                     records.append(record)
         return records
+
+
+def last_step(path: str | os.PathLike[str]) -> int:
+    """The step of the last complete record; 0 where there is none."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return 0
+    return _last_record(content)[1]
 
 
 def read_history(path: str | os.PathLike[str], after_step: int = 0) -> list[Record]:
@@ -161,8 +214,7 @@ def _repair(path: Path) -> int:
     with path.open("r+b") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             size = len(content)
-            complete_lines = ((end, r["step"]) for line, end in _lines_backwards(content) if (r := _parse(line)))
-            end, step = next(complete_lines, (0, 0))
+            end, step = _last_record(content)
             complete = end > 0 and content[end - 1 : end] == b"\n"
         if end < size:
             log.warning("%s ended in %d bytes of an unfinished record; they are removed", path, size - end)
@@ -173,7 +225,13 @@ def _repair(path: Path) -> int:
     return step
 
 
-def _lines_backwards(content: mmap.mmap) -> Iterator[tuple[bytes, int]]:
+def _last_record(content: mmap.mmap | bytes) -> tuple[int, int]:
+    """(offset of its end, step) of the last complete record; zeros where there is none."""
+    complete_lines = ((end, r["step"]) for line, end in _lines_backwards(content) if (r := _parse(line)))
+    return next(complete_lines, (0, 0))
+
+
+def _lines_backwards(content: mmap.mmap | bytes) -> Iterator[tuple[bytes, int]]:
     """(line, offset of its end) from the last line to the first; the end lies behind the newline where there is one."""
     end = len(content)
     while end > 0:

@@ -93,7 +93,24 @@ def build_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     with _alone(uri):
+        _create_database(uri)
         return MlflowClient(tracking_uri=uri)
+
+
+def _create_database(uri: str) -> None:
+    """A SQLite file with MLflow's tables, whole or not there: it is made beside its place, because MLflow cannot open
+    one whose making was broken off."""
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or "?" in uri or database.exists():
+        return
+    from mlflow import MlflowClient
+
+    unfinished = database.with_name(f"{database.name}.new")
+    for left_over in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        left_over.unlink(missing_ok=True)
+    client = MlflowClient(tracking_uri=f"sqlite:///{unfinished}")
+    client._tracking_client.store.engine.dispose()
+    unfinished.replace(database)
 
 
 @contextlib.contextmanager
@@ -135,6 +152,16 @@ def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, 
     return str(run.info.run_id)
 
 
+def log_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags of a run. Raises RunError where the store does not take them."""
+    from mlflow.entities import RunTag
+
+    try:
+        build_client(uri).log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+    except Exception as error:  # as in open_run
+        raise RunError(f"tracking.uri: {redact_text(uri)} does not take tags: {_first_line(error)}") from error
+
+
 def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdict: str) -> None:
     """Puts the result of `temper verify` into a run: the artifact `verify.json` and the tag `temper.verify`.
 
@@ -147,6 +174,17 @@ def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdi
         client.set_tag(run_id, "mlflow.runName", f"{certificate['job']} verify")
     except Exception as error:  # as in open_run
         what = f"tracking.uri: {redact_text(uri)} does not take the certificate"
+        raise RunError(f"{what}: {_first_line(error)}") from error
+
+
+def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
+    """Puts texts into a run, as artifacts with these paths. Raises RunError where the store does not take them."""
+    try:
+        client = build_client(uri)
+        for path, text in texts.items():
+            client.log_text(run_id, text, path)
+    except Exception as error:  # as in open_run
+        what = f"tracking.uri: {redact_text(uri)} does not take {', '.join(texts)}"
         raise RunError(f"{what}: {_first_line(error)}") from error
 
 

@@ -1,0 +1,83 @@
+"""The phase store as commands share it: which phases it has, and who computes those that it lacks.
+
+A phase lies in `<storage>/phases/<fingerprint>/` and is complete when its manifest is there. A command claims every
+phase that it runs until it ends.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+from temper.errors import RunError
+from temper.files import read_json, read_lines
+from temper.locks import claimed
+from temper.plan.build import Plan
+from temper.plan.phases import PhasePlan
+from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST, PLAN, RUN
+from temper.tracking.history import History, last_step
+
+
+def claim_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
+    """The phases that are not complete, in their order, each claimed until `stack` is closed.
+
+    Raises RunError where another command runs one of them.
+    """
+    pending = []
+    for phase in plan.phases:
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(_claim(plan, phase))
+            except RunError:
+                # A command keeps what it has completed until it has run all of its phases.
+                if is_complete(plan, phase):
+                    continue
+                raise
+            if is_complete(plan, phase):
+                complete_history(plan, phase)
+            else:
+                stack.push(claim.pop_all())
+                pending.append(phase)
+    return tuple(pending)
+
+
+def forget_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
+    """Removes what was computed for this job. Returns all phases, each claimed until `stack` is closed. Raises RunError
+    where another command runs one of them; nothing is removed then.
+    """
+    for phase in plan.phases:
+        stack.enter_context(_claim(plan, phase))
+    for phase in plan.phases:
+        shutil.rmtree(plan.phase_folder(phase), ignore_errors=True)
+    return plan.phases
+
+
+def _claim(plan: Plan, phase: PhasePlan) -> AbstractContextManager[None]:
+    return claimed(plan.lock(phase), f"{phase.name} of {plan.job.name}, {phase.fingerprint[:10]},")
+
+
+def is_complete(plan: Plan, phase: PhasePlan) -> bool:
+    """Whether the phase store has the phase."""
+    return read_json(plan.phase_folder(phase) / PHASE_MANIFEST) is not None
+
+
+def complete_history(plan: Plan, phase: PhasePlan) -> None:
+    """Appends to the history of a complete phase what a process that died between the phase's end and its last report
+    had not reported: the checkpoints have those records, too. For who has the phase claimed."""
+    folder = plan.phase_folder(phase)
+    if not is_complete(plan, phase) or last_step(folder / HISTORY) >= phase.last_step:
+        return
+    from temper.checkpoint import RECORDS, list_checkpoints
+
+    history = History(folder / HISTORY)
+    for checkpoint in list_checkpoints(folder / CHECKPOINTS):
+        history.append(read_lines(checkpoint / RECORDS))
+
+
+def computing_run(plan: Plan, phase: PhasePlan) -> str | None:
+    """The MLflow run in whose folder the phase's folder says that it was computed."""
+    computing = read_json(plan.phase_folder(phase) / PLAN) or {}
+    # By its name, because the storage may have been moved since.
+    name = Path(computing.get("run_folder", "")).name
+    return (read_json(Path(plan.job.storage) / name / RUN) or {}).get("run_id") if name else None
