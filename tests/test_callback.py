@@ -34,7 +34,7 @@ from temper.files import write_json
 from temper.tracking import callback as callback_module
 from temper.tracking.callback import TrackingCallback, TrackingEnd, TrackingTarget, build_callbacks
 from temper.tracking.failures import describe_failure, failed_ranks, is_lost_peer
-from temper.tracking.history import History, Record, read_history
+from temper.tracking.history import Histories, PhaseHistory, Record, read_history
 
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:32541. "
@@ -124,9 +124,9 @@ class FakeTracker:
 
     made: ClassVar[list[FakeTracker]] = []
 
-    def __init__(self, uri: str, run_id: str, history: History, *, system_metrics: bool) -> None:
+    def __init__(self, uri: str, run_id: str, histories: Histories, *, system_metrics: bool) -> None:
         self.arguments = (uri, run_id, system_metrics)
-        self.history = history
+        self.histories = histories
         self.started = False
         self.closed: list[float] = []
         FakeTracker.made.append(self)
@@ -134,8 +134,8 @@ class FakeTracker:
     def start(self) -> None:
         self.started = True
 
-    def add(self, records: list[Record]) -> list[Record]:
-        return self.history.append(records)
+    def add(self, phase: str, records: list[Record]) -> list[Record]:
+        return self.histories.append(phase, records)
 
     def close(self, timeout_s: float) -> bool:
         self.closed.append(timeout_s)
@@ -149,7 +149,10 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingTarget:
     write_json(tmp_path / "run.json", {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
     return TrackingTarget(
         run_record=str(tmp_path / "run.json"),
-        history_path=str(tmp_path / "phases" / "history.jsonl"),
+        histories=tuple(
+            PhaseHistory(name, tmp_path / "phases" / name / "history.jsonl", last_step)
+            for name, last_step in (("dense", 4), ("sparse-1", 6))
+        ),
         failures_path=str(tmp_path / "run" / "failures.jsonl"),
         system_metrics=True,
     )
@@ -159,19 +162,49 @@ def record(step: int) -> Record:
     return {"step": step, "time_ms": step, "metrics": {"train/loss": 1.0}}
 
 
+def report(*records: Record, phase: str = "dense") -> dict[str, Any]:
+    return {"phase": phase, "records": list(records)}
+
+
+def stored(target: TrackingTarget, phase: int = 0) -> list[Record]:
+    return read_history(target.histories[phase].path)
+
+
 def failures(target: TrackingTarget) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(target.failures_path).read_text().splitlines()]
 
 
 def test_records_of_rank_0_reach_the_history(target: TrackingTarget) -> None:
     tracking = TrackingCallback(target)
-    tracking.after_report(None, [{"records": [record(1), record(2)]}, {"records": [record(9)]}], None)
-    tracking.after_report(None, [{"records": []}, {}], None)
-    tracking.after_report(None, [{}, {}], None)
-    tracking.after_report(None, [{"records": [record(2), record(3)]}, {}], None)
-    assert read_history(target.history_path) == [record(1), record(2), record(3)]
+    tracking.after_report(None, [report(record(1), record(2)), report(record(9))], None)
+    tracking.after_report(None, [report(), report()], None)
+    tracking.after_report(None, [report(record(2), record(3)), report()], None)
+    assert stored(target) == [record(1), record(2), record(3)]
     assert [made.arguments for made in FakeTracker.made] == [("sqlite:////nowhere/mlflow.db", "run", True)]
     assert FakeTracker.made[0].started
+
+
+def test_records_go_to_the_history_of_the_phase_that_the_report_names(target: TrackingTarget) -> None:
+    tracking = TrackingCallback(target)
+    tracking.after_report(None, [report(record(1), record(2)), report()], None)
+    tracking.after_report(None, [report(record(3), record(4)), report()], None)
+    assert not target.histories[1].path.exists()
+    tracking.after_report(None, [report(phase="sparse-1"), report(phase="sparse-1")], None)
+    tracking.after_report(None, [report(record(5), phase="sparse-1"), report(phase="sparse-1")], None)
+    # The workers were started anew and are told again what the first phase ended with.
+    again = TrackingCallback(target)
+    again.after_report(None, [report(record(3), record(4)), report()], None)
+    again.after_report(None, [report(record(5), record(6), phase="sparse-1"), report(phase="sparse-1")], None)
+    assert stored(target) == [record(1), record(2), record(3), record(4)]
+    assert stored(target, 1) == [record(5), record(6)]
+
+
+def test_a_phase_that_is_reused_is_not_written(target: TrackingTarget) -> None:
+    Histories(target.histories).append("dense", [record(1), record(4)])
+    before = target.histories[0].path.stat()
+    TrackingCallback(target).after_report(None, [report(record(5), phase="sparse-1")], None)
+    assert target.histories[0].path.stat() == before
+    assert stored(target, 1) == [record(5)]
 
 
 def test_a_fault_in_tracking_does_not_reach_the_training(
@@ -182,9 +215,9 @@ def test_a_fault_in_tracking_does_not_reach_the_training(
 
     monkeypatch.setattr(callback_module, "RunTracker", fail)
     tracking = TrackingCallback(target)
-    tracking.after_report(None, [{"records": [record(1)]}], None)
+    tracking.after_report(None, [report(record(1))], None)
     assert "no tracker today" in caplog.text
-    assert read_history(target.history_path) == [record(1)]
+    assert stored(target) == [record(1)]
     assert not tracking.close(1.0)
 
 
@@ -219,7 +252,7 @@ def test_callbacks_travel_to_the_controller_together(target: TrackingTarget) -> 
     assert isinstance(end, TrackingEnd)
     assert end._tracking is handler._user_callbacks[0]
 
-    handler._user_callbacks[0].after_report(None, [{"records": [record(1)]}], None)
+    handler._user_callbacks[0].after_report(None, [report(record(1))], None)
     tracker = end._tracking._tracker
     asyncio.run(end.before_controller_shutdown())
     end.before_controller_abort()
@@ -229,12 +262,12 @@ def test_callbacks_travel_to_the_controller_together(target: TrackingTarget) -> 
 def test_records_wait_in_the_history_until_the_run_is_open(target: TrackingTarget) -> None:
     write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": False})
     tracking = TrackingCallback(target)
-    tracking.after_report(None, [{"records": [record(1)]}], None)
+    tracking.after_report(None, [report(record(1))], None)
     assert FakeTracker.made == []
     write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
-    tracking.after_report(None, [{"records": [record(2)]}], None)
+    tracking.after_report(None, [report(record(2))], None)
     assert FakeTracker.made[0].started
-    assert [item["step"] for item in read_history(target.history_path)] == [1, 2]
+    assert [item["step"] for item in stored(target)] == [1, 2]
 
 
 def test_the_end_of_a_run_without_a_report_is_quiet(target: TrackingTarget) -> None:

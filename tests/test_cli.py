@@ -41,7 +41,7 @@ FACTS = ModelFacts(
     output_shape=(10,),
 )
 RUN_ID = "0123456789abcdef0123456789abcdef"
-COMMANDS = ("plan", "train", "eval", "export", "ui", "doctor")
+COMMANDS = ("plan", "train", "eval", "export", "report", "ui", "doctor")
 
 Temper = Callable[..., tuple[int, str, str]]
 

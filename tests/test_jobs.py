@@ -1,4 +1,7 @@
-"""Every shipped job loads, plans and trains: the list is the folder's, so that a new file needs no line here."""
+"""Every shipped job loads, plans and trains: the list is the folder's, so that a new file needs no line here.
+
+The jobs of a sub-folder are arms of one experiment and differ in few values: `make test` plans and trains the first.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,20 @@ from temper.plan.mesh import ClusterShape, local_cluster
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "jobs"
-JOBS = sorted(FOLDER.glob("*.yaml"))
+JOBS = sorted(FOLDER.rglob("*.yaml"))
 STEPS = 3
 
-pytestmark = pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+FIRST = {path.parent: path for path in reversed(JOBS)}
+
+every_job = pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+one_of_each_experiment = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.parent == FOLDER or path == FIRST[path.parent] else pytest.mark.slow)
+        for path in JOBS
+    ],
+    ids=lambda path: path.stem,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +65,30 @@ def cluster_for(job: JobConfig) -> ClusterShape:
     )
 
 
+def short_phases(job: JobConfig) -> list[str]:
+    """Overrides that leave so few steps of each sparse and re-dense phase."""
+    return [
+        override
+        for index, round_ in enumerate(job.dsd.rounds if job.dsd else ())
+        for kind in (["sparse"] if round_.redense_steps == 0 else ["sparse", "redense"])
+        for override in (f"dsd.rounds.{index}.{kind}_steps={STEPS}", f"dsd.rounds.{index}.{kind}_epochs=null")
+    ]
+
+
+@every_job
 def test_it_names_its_schema(path: Path) -> None:
     first, second, *_ = path.read_text().splitlines()
-    assert first == "# yaml-language-server: $schema=job.schema.json"
+    assert first == f"# yaml-language-server: $schema={os.path.relpath(FOLDER / 'job.schema.json', path.parent)}"
     assert (FOLDER / "job.schema.json").is_file()
     assert second.startswith("# "), "say what the job is"
 
 
+@every_job
 def test_it_is_called_as_its_file(path: Path) -> None:
     assert load_job(path).name == path.stem
 
 
+@one_of_each_experiment
 def test_it_plans(path: Path, tmp_path: Path) -> None:
     job = load_job(path, [f"storage={tmp_path}"])
     needs_data(job)
@@ -74,8 +100,9 @@ def test_it_plans(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@one_of_each_experiment
 def test_it_trains(path: Path, tmp_path: Path) -> None:
-    """The job as it is, for a few steps; the whole test split is evaluated at their end."""
+    """The job as it is, for a few steps of each phase; the whole test split is evaluated at their end."""
     job = load_job(path)
     needs_data(job)
     if job.parallel.device == "cuda" and not local_cluster().gpus:
@@ -88,6 +115,7 @@ def test_it_trains(path: Path, tmp_path: Path) -> None:
         "optimizer.schedule.warmup_steps=0",
         "parallel.warm_start_steps=0",
         f"parallel.cpus_per_worker={min(0.5, (os.cpu_count() or 1) / job.parallel.workers)}",
+        *short_phases(job),
         f"storage={tmp_path / 'runs'}",
     ]
     command = [sys.executable, "-m", "temper", "train", str(path.relative_to(ROOT)), *overrides, "--json"]
@@ -95,7 +123,7 @@ def test_it_trains(path: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["status"] == "finished"
-    assert [phase["steps"] for phase in result["phases"]] == [STEPS]
+    assert [phase["steps"] for phase in result["phases"]] == [STEPS] * (1 + len(short_phases(job)) // 2)
     tested = {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
     assert set(tested) == {"test/loss", *(f"test/{metric}" for metric in job.evaluation.metrics)}
     assert all(math.isfinite(value) for value in tested.values())

@@ -15,7 +15,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from temper.checkpoint import CheckpointReader, checkpoint_folder, model_state, write_manifest, write_shards
+from temper.checkpoint import (
+    MASK,
+    CheckpointReader,
+    checkpoint_folder,
+    model_state,
+    write_manifest,
+    write_shards,
+)
 from temper.checkpoint import Shard as Range
 from temper.config.schema import OptimizerConfig, PrecisionConfig
 from temper.engine.parameter_server import (
@@ -24,6 +31,7 @@ from temper.engine.parameter_server import (
     ParameterShard,
     Push,
     Replica,
+    ShardState,
     Values,
     flatten,
     named_shapes,
@@ -31,9 +39,16 @@ from temper.engine.parameter_server import (
     plan_slots,
     stored_tensors,
 )
+from temper.errors import RunError
+from temper.files import write_json
 from temper.launch.ledger import LARGEST_STALENESS, Computed, Ledger, Pushed, StepRecords, Ticket
 from temper.launch.parameter_server import plan_gates
+from temper.launch.server_actors import PhaseSpec, find_start
 from temper.optim import build_optimizer
+from temper.plan.phases import PhasePlan, Pruning
+from temper.run_folder import PHASE_MANIFEST
+from temper.techniques.dsd.border import begin_phase
+from temper.techniques.dsd.sparsity import count_zeros
 
 CPU = torch.device("cpu")
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -194,7 +209,8 @@ def save(folder: Path, step: int, shards: list[ParameterShard], model: nn.Module
         stored = stored_tensors(model) if index == 0 else {}
         extra = [Range(name, 0, {"buffer": value.reshape(-1)}) for name, value in stored.items()]
         write_shards(target, index, [*shard.shards(), *extra])
-    write_manifest(target, len(shards), {"step": step}, named_shapes(model))
+    state = {"step": step, "engine": {"optimizer_step": shards[0].version}}
+    write_manifest(target, len(shards), state, named_shapes(model))
     return target
 
 
@@ -346,6 +362,254 @@ def test_bf16_computes_with_rounded_weights_and_keeps_fp32_parameters() -> None:
     assert exact is not None
     assert push.outcomes[0].terms["cross_entropy"] == pytest.approx(exact.outcomes[0].terms["cross_entropy"], rel=0.02)
     assert push.outcomes[0].grad_norm == pytest.approx(exact.outcomes[0].grad_norm, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------- sparse phases
+
+PRUNED = {"0.weight": 0.5, "4.weight": 0.3}
+MASKED_OPTIMIZERS = [*OPTIMIZERS, {"kind": "adam", "lr": 0.01, "weight_decay": 0.05}]
+
+
+def build_phase(kind: Literal["sparse", "redense"], *, fresh: bool = True) -> PhasePlan:
+    pruning = Pruning("weights", "magnitude", PRUNED, seed=0) if kind == "sparse" else None
+    return PhasePlan(f"{kind}-1", kind, 6, 8, 0.1, kind, {}, pruning, fresh)
+
+
+def select_by_sorting(model: nn.Module) -> dict[str, Tensor]:
+    """The masks, the slow and plain way: of each layer the round(N·share) smallest magnitudes are pruned."""
+    masks = {}
+    for name, share in PRUNED.items():
+        weight = model.get_parameter(name).detach()
+        order = weight.abs().flatten().argsort(stable=True)
+        masks[name] = torch.ones(weight.numel(), dtype=torch.bool)
+        masks[name][order[: round(weight.numel() * share)]] = False
+        masks[name] = masks[name].view(weight.shape)
+    return masks
+
+
+def full_masks(shards: list[ParameterShard]) -> dict[str, Tensor]:
+    """The masks that shards hold together, flat."""
+    parts: dict[str, list[Tensor]] = {}
+    for item in (item for shard in shards for item in shard.shards()):
+        if MASK in item.tensors:
+            parts.setdefault(item.name, []).append(item.tensors[MASK])
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def check_pruned_are_zero(shards: list[ParameterShard]) -> None:
+    """Weights and moments, exactly; and nothing else is."""
+    for item in (item for shard in shards for item in shard.shards()):
+        if MASK in item.tensors:
+            for kind, values in item.tensors.items():
+                assert torch.equal(values == 0, ~item.tensors[MASK]) or kind == MASK, (item.name, kind)
+
+
+def train_steps(worker: DownpourWorker, numbers: range, check: Callable[[], None] = lambda: None) -> None:
+    async def train() -> None:
+        for number in numbers:
+            await worker.train(number, lambda number=number: mini_batch(number, 0.1 / (1 + number)))
+            check()
+
+    asyncio.run(train())
+
+
+def enter(folder: Path, phase: PhasePlan, number: int, config: dict[str, Any]) -> list[ParameterShard]:
+    """Fresh shards that begin `phase` with the checkpoint `folder`."""
+    reader = begin_phase(folder, phase)
+    shards = build_shards(number, config)
+    for shard in shards:
+        shard.load(reader, ShardState(reader.state["engine"]["optimizer_step"], {}))
+    return shards
+
+
+class MaskedLoop:
+    """Dense, sparse and re-dense training as a user would write it by hand."""
+
+    def __init__(self, config: dict[str, Any], clip_norm: float | None) -> None:
+        self.config, self.clip_norm, self.model = config, clip_norm, build_model()
+        self.masks: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        self.optimizer = build_optimizer(optimizer_config(self.config), self.model.parameters())
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        self.masks = select_by_sorting(self.model)
+        for name, mask in self.masks.items():
+            weight = self.model.get_parameter(name)
+            weight[~mask] = 0.0
+            for value in self.optimizer.state.get(weight, {}).values():
+                if torch.is_tensor(value) and value.shape == mask.shape:
+                    value[~mask] = 0.0
+
+    def train(self, numbers: range) -> None:
+        for number in numbers:
+            batch = mini_batch(number, 0.1 / (1 + number))
+            self.optimizer.param_groups[0]["lr"] = batch.lr
+            torch.manual_seed(batch.seed)
+            self.optimizer.zero_grad()
+            cross_entropy(self.model(batch.inputs), batch.targets)["cross_entropy"].backward()
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            for name, mask in self.masks.items():
+                gradient = self.model.get_parameter(name).grad
+                assert gradient is not None
+                gradient[~mask] = 0.0
+            self.optimizer.step()
+
+    def check_equals(self, shards: list[ParameterShard]) -> None:
+        assert (values_of(shards) - flatten(self.model, plan_slots(self.model))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("config", MASKED_OPTIMIZERS, ids=lambda config: "-".join(map(str, config.values())))
+def test_dense_sparse_dense_is_the_plain_masked_loop(
+    tmp_path: Path, config: dict[str, Any], number: int, fresh: bool
+) -> None:
+    """Of four shards, the ranges of three begin in the middle of a pruned layer or end there."""
+    plain, clip_norm = MaskedLoop(config, 0.5), 0.5
+    shards = build_shards(number, config)
+    worker = build_worker(shards, clip_norm=clip_norm)
+    train_steps(worker, range(6))
+    plain.train(range(6))
+    folder = save(tmp_path / "dense", 6, shards, worker.replica.module)
+
+    phase = build_phase("sparse", fresh=fresh)
+    shards = enter(folder, phase, number, config)
+    worker = build_worker(shards, clip_norm=clip_norm)
+    worker.replica.load(begin_phase(folder, phase))
+    if fresh:
+        plain.restart()
+    plain.prune()
+    found = full_masks(shards)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        name: mask.flatten().tolist() for name, mask in plain.masks.items()
+    }
+    train_steps(worker, range(6, 14), lambda: check_pruned_are_zero(shards))
+    plain.train(range(6, 14))
+    plain.check_equals(shards)
+    zeros = sum(count_zeros(shard.shards(), list(PRUNED)) for shard in shards)
+    assert torch.is_tensor(zeros)
+    assert zeros.tolist() == [round(35 * 0.5), round(21 * 0.3)]
+
+    folder = save(tmp_path / "sparse", 14, shards, worker.replica.module)
+    phase = build_phase("redense", fresh=fresh)
+    shards = enter(folder, phase, number, config)
+    worker = build_worker(shards, clip_norm=clip_norm)
+    worker.replica.load(begin_phase(folder, phase))
+    assert full_masks(shards) == {}
+    assert int((values_of(shards) == 0).sum()) == sum(zeros.tolist())
+    if fresh:
+        plain.restart()
+    plain.masks = {}
+    train_steps(worker, range(14, 18))
+    plain.train(range(14, 18))
+    plain.check_equals(shards)
+    assert int((values_of(shards) == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("config", [OPTIMIZERS[0], OPTIMIZERS[2], OPTIMIZERS[3]], ids=lambda config: config["kind"])
+def test_masks_survive_a_checkpoint_and_another_number_of_shards(tmp_path: Path, config: dict[str, Any]) -> None:
+    shards = build_shards(2, config)
+    train_steps(build_worker(shards), range(3))
+    folder = save(tmp_path / "dense", 3, shards, build_model())
+    shards = enter(folder, build_phase("sparse"), 4, config)
+    train_steps(build_worker(shards), range(3, 6))
+    reader = CheckpointReader(save(tmp_path / "sparse", 6, shards, build_model()))
+    assert reader.names(MASK) == list(PRUNED)
+    assert MASK not in reader.moments()
+    restored = build_shards(3, config)
+    for shard in restored:
+        shard.load(reader, shards[0].state())
+    gradients = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0)).numpy()
+    for clock, gradient in enumerate(gradients, start=1):
+        for shard in (*shards, *restored):
+            shard.push("other", clock, gradient[shard.start : shard.stop], shard.version, 0.1)
+    check_pruned_are_zero(restored)
+    assert torch.equal(values_of(restored), values_of(shards))
+    masks, others = full_masks(shards), full_masks(restored)
+    assert list(masks) == list(others) == list(PRUNED)
+    assert all(torch.equal(masks[name], others[name]) for name in PRUNED)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_worker_stays_sparse_while_it_descends_by_itself(tmp_path: Path, dtype: Literal["fp32", "bf16"]) -> None:
+    config = {"kind": "sgd", "lr": 1.0}
+    folder, phase = save(tmp_path, 6, build_shards(2, config), build_model()), build_phase("sparse")
+    worker = build_worker(enter(folder, phase, 2, config), n_fetch=5, n_push=5, dtype=dtype)
+    worker.replica.load(begin_phase(folder, phase))
+    reader = begin_phase(folder, phase)
+    pruned = {name: ~reader.full(MASK, name) for name in PRUNED}
+    values = []
+
+    def check() -> None:
+        values.append(worker.replica.values.clone())
+        for name, gone in pruned.items():
+            weight = worker.replica.module.get_parameter(name)
+            assert torch.equal(weight == 0, gone), name
+
+    train_steps(worker, range(5), check)
+    assert all(not torch.equal(one, other) for one, other in pairwise(values)), "it has descended"
+    assert all(int((one == 0).sum()) == sum(int(gone.sum()) for gone in pruned.values()) for one in values)
+
+
+class FakeRun:
+    """What :func:`find_start` asks of a run: folders, and the order of the phases."""
+
+    def __init__(self, root: Path, *phases: PhasePlan) -> None:
+        self.root, self.phases, self.plan = root, phases, self
+
+    def phase_folder(self, phase: PhasePlan) -> Path:
+        return self.root / phase.name
+
+    def checkpoints(self, phase: PhasePlan) -> Path:
+        return self.phase_folder(phase) / "checkpoints"
+
+    def phase_before(self, phase: PhasePlan) -> PhasePlan | None:
+        index = self.phases.index(phase)
+        return self.phases[index - 1] if index else None
+
+
+def test_a_phase_starts_from_its_newest_checkpoint_or_the_end_of_the_one_before(tmp_path: Path) -> None:
+    dense, sparse = PhasePlan("dense", "dense", 0, 6, 0.1, "dense", {}), build_phase("sparse")
+    run: Any = FakeRun(tmp_path, dense, sparse)
+    first = find_start(PhaseSpec(run, dense))
+    assert first.reader is None
+    assert first.describe(dense)["step"] == 0
+
+    shards = build_shards(2)
+    folder = save(run.checkpoints(dense), 6, shards, build_model())
+    write_json(run.phase_folder(dense) / PHASE_MANIFEST, {"checkpoint": f"checkpoints/{folder.name}"})
+    border = find_start(PhaseSpec(run, sparse))
+    assert border.reader is not None
+    assert not border.is_resumed
+    assert border.describe(sparse)["step"] == 6
+    assert border.describe(sparse)["records"] == []
+    masks = {name: border.reader.full(MASK, name) for name in PRUNED}
+    assert {name: int((~mask).sum()) for name, mask in masks.items()} == {"0.weight": 18, "4.weight": 6}
+
+    shards = enter(folder, sparse, 2, ADAGRAD)
+    train_steps(build_worker(shards), range(6, 8))
+    newest = save(run.checkpoints(sparse), 8, shards, build_model())
+    resumed = find_start(PhaseSpec(run, sparse))
+    assert resumed.is_resumed
+    assert resumed.describe(sparse)["step"] == 8
+    assert resumed.reader is not None
+    assert all(torch.equal(resumed.reader.full(MASK, name), masks[name]) for name in PRUNED)
+
+    for damaged in (newest, folder):
+        path = damaged / "rank-00001.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        if damaged == newest:
+            again = find_start(PhaseSpec(run, sparse))
+            assert again.reader is not None
+            assert again.refused is not None
+            assert newest.name in again.refused
+            assert all(torch.equal(again.reader.full(MASK, name), masks[name]) for name in PRUNED)
+    with pytest.raises(RunError, match=r"sparse-1 cannot begin with the end of the phase before: .*rank-00001"):
+        find_start(PhaseSpec(run, sparse))
 
 
 # ------------------------------------------------------------------------------------------------------------- ledger
@@ -542,7 +806,14 @@ def test_gates_are_the_steps_at_which_something_is_due() -> None:
 
 def build_records(record_every: int = 1) -> StepRecords:
     return StepRecords(
-        2, 4, global_batch=64, record_every=record_every, lr_at=lambda step: step / 10, staleness={0: 3}, pushes={0: 3}
+        2,
+        4,
+        global_batch=64,
+        record_every=record_every,
+        lr_at=lambda step: step / 10,
+        staleness={0: 3},
+        pushes={0: 3},
+        constants={"phase": 1.0},
     )
 
 
@@ -567,6 +838,7 @@ def test_a_record_is_the_mean_over_the_steps_mini_batches() -> None:
         "server/staleness_mean": 1.5,
         "server/staleness_max": 2.0,
         "server/clock_lead": 1.0,
+        "phase": 1.0,
     }
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from temper.checkpoint import CheckpointReader, list_checkpoints, model_state
+from temper.checkpoint import MASK, MASTER, CheckpointReader, list_checkpoints, model_state
 from temper.data.download import check_files
 from temper.tracking.history import read_history
 from test_train_end_to_end import finish, history_of, mlflow_points, mlflow_run, mlflow_runs, start, wait_for_step
@@ -248,6 +249,89 @@ def test_one_worker_repeats_bit_for_bit_whatever_the_shards_and_breaks(tmp_path:
         states.append(model_state(CheckpointReader(Path(result["checkpoint"]))))
     for key, value in states[0].items():
         assert torch.equal(states[1][key], value), key
+
+
+# -------------------------------------------------------------------------------------------------- dense-sparse-dense
+
+ROUND = {"sparsity": 0.6, "sparse_steps": 60, "redense_steps": 30}
+LAYERS = ("body.0.weight", "head.weight")
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """Those of all phases, in the order of their steps."""
+    histories = (folder / "runs" / "phases").glob("*/history.jsonl")
+    records: list[Any] = [record for path in histories for record in read_history(path)]
+    return sorted(records, key=lambda record: int(record["step"]))
+
+
+def kill_after(process: subprocess.Popen[str], folder: Path, step: int, kind: str, chance: random.Random) -> None:
+    deadline = time.monotonic() + 240
+    while not any(record["step"] >= step for record in records_of(folder)):
+        assert process.poll() is None, f"ended early: {finish(process)}"
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.05)
+    kill_one(process, kind, chance)
+
+
+def reader_of(folder: Path, result: dict[str, Any], index: int) -> CheckpointReader:
+    """The last checkpoint of a phase."""
+    phase = folder / "runs" / "phases" / result["phases"][index]["fingerprint"]
+    return CheckpointReader(phase / json.loads((phase / "phase.json").read_text())["checkpoint"])
+
+
+def smallest_pruned(weight: torch.Tensor, share: float) -> torch.Tensor:
+    kept = torch.ones(weight.numel(), dtype=torch.bool)
+    kept[weight.abs().flatten().argsort(stable=True)[: round(weight.numel() * share)]] = False
+    return kept.view(weight.shape)
+
+
+@pytest.mark.slow
+def test_dense_sparse_dense_with_shards_and_a_worker_killed_in_the_sparse_phase(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    budget = {"steps": 30, "evaluate_every": 15, "checkpoint_every": 10}
+    parallel = {**SERVER, "n_fetch": 2}
+    process = start(write_job(tmp_path, budget=budget, parallel=parallel, dsd={"rounds": [ROUND]}))
+    # The first shard is killed before the sparse phase has a checkpoint of its own, if all goes fast.
+    kills = [(31, "ShardActor"), (chance.randint(41, 50), "WorkerActor"), (chance.randint(55, 70), "ShardActor")]
+    sys.stdout.write(f"TEMPER_CHAOS_SEED={SEED}: kill {kills}\n")
+    for step, kind in kills:
+        kill_after(process, tmp_path, step, kind, chance)
+    assert len(list((tmp_path / "runs" / "phases").glob("*/phase.json"))) == 1, "the sparse phase is not complete yet"
+    code, result, err = finish(process)
+    assert code == 0, err
+    assert "was lost and is replaced" in (run_folder(tmp_path) / "stages.jsonl").read_text()
+    assert [phase["steps"] for phase in result["phases"]] == [30, 60, 30]
+
+    dense, sparse, redense = (reader_of(tmp_path, result, index) for index in range(3))
+    assert (dense.names(MASK), sparse.names(MASK), redense.names(MASK)) == ([], list(LAYERS), [])
+    for name in LAYERS:
+        kept = smallest_pruned(dense.full(MASTER, name), ROUND["sparsity"])
+        assert torch.equal(sparse.full(MASK, name), kept), name
+        assert torch.equal(sparse.full(MASTER, name) != 0, kept), name
+        assert not sparse.full("sum", name)[~kept].any(), name
+        # What follows a unit that is never active stays where it was.
+        assert (redense.full(MASTER, name)[~kept] != 0).float().mean() > 0.9, name
+
+    records = records_of(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 121))
+    assert [step for step, _ in mlflow_points(tmp_path, result["run_id"], "train/loss")] == list(range(1, 121))
+    assert [record["metrics"]["phase"] for record in records] == [0.0] * 30 + [1.0] * 60 + [2.0] * 30
+    rates = [record["metrics"]["train/lr"] for record in records]
+    assert rates[30:60] != rates[:30], "the schedule is stretched over the sparse phase"
+    assert [rates[30], rates[35], rates[90]] == pytest.approx([rates[0], 0.02, 0.1 * rates[0]])
+    measured = {record["step"]: record["metrics"] for record in records if "sparsity" in record["metrics"]}
+    assert list(measured) == [45, 60, 75, 90, 105, 120]
+    sizes = [dense.full(MASTER, name).numel() for name in LAYERS]
+    zeros = [round(size * ROUND["sparsity"]) for size in sizes]
+    for step in (45, 60, 75, 90):
+        assert measured[step]["sparsity"] == sum(zeros) / sum(sizes)
+        assert [measured[step][f"sparsity/{name}"] for name in LAYERS] == [zeros[0] / sizes[0], zeros[1] / sizes[1]]
+    assert measured[120]["sparsity"] < 0.1
+    for index, phase in enumerate(("sparse-1", "redense-1"), 1):
+        folder = tmp_path / "runs" / "phases" / result["phases"][index]["fingerprint"]
+        summary = json.loads((folder / "weights.json").read_text())
+        assert summary["phase"] == phase
+        assert summary["total"]["pruned"] == sum(zeros)
 
 
 # ----------------------------------------------------------------------------------------------------- on Fashion-MNIST

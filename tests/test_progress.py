@@ -133,6 +133,29 @@ def test_plain_lines_name_the_phase_where_there_are_several() -> None:
     assert stream.getvalue() == "    1 s  sparse-1  step 11/20  loss 0.0909  1,234 examples/s  0:04 left\n"
 
 
+def test_plain_lines_go_on_after_phases_that_are_reused() -> None:
+    stream = io.StringIO()
+    chain = plan(steps=20, phases=(("dense", 0), ("sparse-1", 10), ("redense-1", 15)))
+    display = PlainDisplay(chain, stream, clock=Clock())
+    display.stage("reusing dense, steps 1 to 10")
+    display.records([record(step) for step in range(11, 15)])
+    display.records([record(15, **{"eval/accuracy": 0.5})])
+    display.stage("redense-1: all weights are trained again")
+    display.records([record(step) for step in range(16, 21)])
+    speed = "1,234 examples/s"
+    assert stream.getvalue().splitlines() == [
+        "    1 s  reusing dense, steps 1 to 10",
+        f"    2 s  sparse-1  step 11/20  loss 0.0909  {speed}  0:04 left",
+        f"    3 s  sparse-1  step 12/20  loss 0.0833  {speed}  0:04 left",
+        f"    4 s  sparse-1  step 14/20  loss 0.0714  {speed}  0:03 left",
+        f"    5 s  sparse-1  step 15/20  loss 0.0667  accuracy 0.5000  {speed}  0:02 left",
+        "    6 s  redense-1: all weights are trained again",
+        f"    7 s  redense-1  step 16/20  loss 0.0625  {speed}  0:02 left",
+        f"    8 s  redense-1  step 18/20  loss 0.0556  {speed}  0:01 left",
+        f"    9 s  redense-1  step 20/20  loss 0.0500  {speed}",
+    ]
+
+
 def test_quiet_shows_notes_and_the_summary_only(capsys: pytest.CaptureFixture[str]) -> None:
     display = build_display("quiet", plan())
     display.stage("starting Ray")
@@ -197,6 +220,25 @@ def test_live_panel_names_the_current_phase() -> None:
     display.records([record(150)])
     assert rendered(display)[0].startswith("digits  sparse-1 ━")
     display.close()
+
+
+def test_live_panel_between_phases_shows_the_stage_below_the_bar_of_all_steps() -> None:
+    display, console = live(plan(phases=(("dense", 0), ("sparse-1", 100), ("redense-1", 150))))
+    display.stage("reusing dense, steps 1 to 100")
+    display.records([record(150)])
+    display.stage("redense-1: all weights are trained again")
+    bar, _, speed, stage = rendered(display)
+    assert bar.startswith("digits  sparse-1 ━")
+    assert bar.rstrip().endswith("150/200  75 %")
+    assert speed.strip() == "1,234 examples/s   0:25 left"
+    assert stage.endswith("redense-1: all weights are trained again …")
+    display.records([record(151)])
+    assert rendered(display)[0].startswith("digits  redense-1 ━")
+    display.close()
+    text = console.export_text()
+    assert text.index("✓ reusing dense, steps 1 to 100") < text.index(
+        "✓ redense-1: all weights are trained again  1.0 s"
+    )
 
 
 def test_live_shows_brackets_in_texts_as_they_are() -> None:

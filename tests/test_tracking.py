@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from temper.config.schema import JobConfig
 from temper.errors import RunError
 from temper.tracking import delivery, history, mlflow_store, ui
-from temper.tracking.delivery import RunTracker, replay, take_batch
-from temper.tracking.history import History, HistoryTail, Record, read_history
+from temper.tracking.delivery import Delivery, RunTracker, replay, take_batch
+from temper.tracking.history import Histories, History, HistoryTail, PhaseHistory, Record, last_step, read_history
 from temper.tracking.mlflow_store import PROGRESS_METRIC, RefusedError, build_client, open_run, tracking_uri
 from temper.tracking.redact import is_secret, redact_text, redact_values
 
@@ -32,6 +38,11 @@ def records(first: int, last: int) -> list[Record]:
 
 def steps(found: Sequence[Record]) -> list[int]:
     return [one["step"] for one in found]
+
+
+def dense(path: Path) -> list[PhaseHistory]:
+    """The history of a job of one long phase."""
+    return [PhaseHistory("dense", path, 1_000_000)]
 
 
 # ------------------------------------------------------------------------------------------------------- history
@@ -133,6 +144,19 @@ def test_full_disk_neither_raises_nor_loses(
     assert read_history(path) == records(1, 6)
 
 
+def test_last_step_of_a_file_is_that_of_its_last_whole_record(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    assert last_step(path) == 0
+    path.write_bytes(b"")
+    assert last_step(path) == 0
+    History(path).append(records(1, 3))
+    assert last_step(path) == 3
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    assert last_step(path) == 2
+    assert path.read_bytes() == content[:-5]
+
+
 def test_history_in_a_folder_that_cannot_be_made_only_complains(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +256,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def track(server: FakeServer, path: Path, **options: Any) -> RunTracker:
-    return RunTracker("http://server", "run", History(path), open_sink=server.open, **options)
+    return RunTracker("http://server", "run", Histories(dense(path)), open_sink=server.open, **options)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +276,7 @@ def test_every_step_arrives_once_through_any_failure(tmp_path: Path, outcomes: l
     tracker = track(server, tmp_path / "h")
     tracker.start()
     for step in range(1, 51):
-        tracker.add([record(step)])
+        tracker.add("dense", [record(step)])
     assert tracker.close(30.0)
     assert server.stored == records(1, 50)
 
@@ -263,7 +287,7 @@ def test_tracker_sends_first_what_the_history_has_and_the_server_lacks(tmp_path:
     server.stored = records(1, 12)
     tracker = track(server, tmp_path / "h")
     tracker.start()
-    assert tracker.add(records(16, 22)) == records(21, 22)
+    assert tracker.add("dense", records(16, 22)) == records(21, 22)
     assert tracker.close(30.0)
     assert server.stored == records(1, 22)
 
@@ -274,7 +298,7 @@ def test_outage_at_the_start_is_said_once_and_survived(tmp_path: Path, caplog: p
     server.reachable.clear()
     tracker = track(server, tmp_path / "h")
     tracker.start()
-    tracker.add(records(1, 2500))
+    tracker.add("dense", records(1, 2500))
     while server.requests < 5:
         threading.Event().wait(0.001)
     assert server.stored == []
@@ -290,14 +314,14 @@ def test_close_gives_up_in_time_and_replay_completes(tmp_path: Path) -> None:
     server.reachable.clear()
     tracker = track(server, tmp_path / "h")
     tracker.start()
-    tracker.add(records(1, 5))
+    tracker.add("dense", records(1, 5))
     assert not tracker.close(0.05)
     assert server.stored == []
-    assert not replay("http://server", "run", tmp_path / "h", timeout_s=0.01, open_sink=server.open)
+    assert not replay("http://server", "run", dense(tmp_path / "h"), timeout_s=0.01, open_sink=server.open)
 
     server.reachable.set()
-    assert replay("http://server", "run", tmp_path / "h", open_sink=server.open)
-    assert replay("http://server", "run", tmp_path / "h", open_sink=server.open)
+    assert replay("http://server", "run", dense(tmp_path / "h"), open_sink=server.open)
+    assert replay("http://server", "run", dense(tmp_path / "h"), open_sink=server.open)
     assert server.stored == records(1, 5)
 
 
@@ -307,7 +331,7 @@ def test_replay_changes_nothing_in_the_history(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"step"')
     before = path.read_bytes()
     server = FakeServer()
-    assert replay("http://server", "run", path, open_sink=server.open)
+    assert replay("http://server", "run", dense(path), open_sink=server.open)
     assert server.stored == records(1, 3)
     assert path.read_bytes() == before
 
@@ -315,18 +339,18 @@ def test_replay_changes_nothing_in_the_history(tmp_path: Path) -> None:
 def test_records_that_the_disk_does_not_take_are_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer()
     tracker = track(server, tmp_path / "h")
-    tracker.add(records(1, 2))
+    tracker.add("dense", records(1, 2))
 
     def fail(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
         full.setattr(history, "_append_durably", fail)
-        tracker.add(records(3, 4))
+        tracker.add("dense", records(3, 4))
         tracker.start()
         while len(server.stored) < 4:
             threading.Event().wait(0.001)
-    tracker.add(records(5, 5))
+    tracker.add("dense", records(5, 5))
     assert tracker.close(30.0)
     assert server.stored == records(1, 5)
     assert read_history(tmp_path / "h") == records(1, 5)
@@ -336,7 +360,7 @@ def test_a_refused_record_does_not_hold_up_the_others(tmp_path: Path, caplog: py
     server = FakeServer()
     server.refused_steps = {3}
     tracker = track(server, tmp_path / "h")
-    tracker.add(records(1, 5))
+    tracker.add("dense", records(1, 5))
     assert tracker.close(30.0)
     assert steps(server.stored) == [1, 2, 4, 5]
     assert "refused step 3 for good" in caplog.text
@@ -347,11 +371,151 @@ def test_system_metrics_run_only_if_asked_for_and_end_with_the_tracker(tmp_path:
         server = FakeServer()
         tracker = track(server, tmp_path / f"h{wanted}", system_metrics=wanted)
         tracker.start()
-        tracker.add(records(1, 1))
+        tracker.add("dense", records(1, 1))
         while not server.stored or (wanted and not server.system):
             threading.Event().wait(0.001)
         assert tracker.close(30.0)
         assert [system.stopped for system in server.system] == ([True] if wanted else [])
+
+
+# ------------------------------------------------------------------------------------- delivery of several phases
+
+CHAIN = {"dense": 6, "sparse-1": 9, "redense-1": 14}
+ALL = records(1, 14)
+
+
+def chain(folder: Path) -> list[PhaseHistory]:
+    return [PhaseHistory(name, folder / name / "history.jsonl", step) for name, step in CHAIN.items()]
+
+
+def report_steps(add: Callable[[str, list[Record]], list[Record]], first: int, last: int) -> None:
+    """The steps after `first` up to `last`, each reported to its own phase, none of a phase in one report with
+    another's."""
+    for name, end in CHAIN.items():
+        if first < min(end, last):
+            add(name, records(first + 1, min(end, last)))
+            first = min(end, last)
+
+
+def deliver_to(server: FakeServer, histories: Histories) -> Delivery:
+    return Delivery(histories.phases, histories.unwritten, lambda: server)
+
+
+@pytest.mark.parametrize("reused", range(4))
+def test_stored_histories_of_reused_phases_come_first(tmp_path: Path, reused: int) -> None:
+    server, computed = FakeServer(), [0, *CHAIN.values()][reused]
+    report_steps(Histories(chain(tmp_path)).append, 0, computed)
+    tracker = RunTracker("http://server", "run", Histories(chain(tmp_path)), open_sink=server.open)
+    tracker.start()
+    report_steps(tracker.add, computed, 14)
+    assert tracker.close(30.0)
+    assert server.stored == ALL
+    assert [steps(read_history(phase.path)) for phase in chain(tmp_path)] == [
+        list(range(1, 7)), list(range(7, 10)), list(range(10, 15)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("delivered", range(15))
+def test_replay_of_a_finished_chain_sends_what_the_store_lacks(tmp_path: Path, delivered: int) -> None:
+    report_steps(Histories(chain(tmp_path)).append, 0, 14)
+    server = FakeServer()
+    server.stored = records(1, delivered)
+    for _ in range(2):
+        assert replay("http://server", "run", chain(tmp_path), open_sink=server.open)
+        assert server.stored == ALL
+
+
+def test_a_later_phase_does_not_overtake_one_that_is_still_computed(tmp_path: Path) -> None:
+    """The first phase was removed from the store, those after it were not."""
+    histories, server = Histories(chain(tmp_path)), FakeServer()
+    report_steps(histories.append, 6, 9)
+    delivery = deliver_to(server, histories)
+    for step in range(6):
+        delivery.deliver()
+        assert server.stored == records(1, step)
+        report_steps(histories.append, step, step + 1)
+    delivery.deliver()
+    assert server.stored == records(1, 9)
+
+
+def test_a_run_that_was_stopped_in_a_phase_goes_on_there(tmp_path: Path) -> None:
+    server = FakeServer()
+    report_steps(Histories(chain(tmp_path)).append, 0, 7)
+    assert replay("http://server", "run", chain(tmp_path), open_sink=server.open)
+    assert server.stored == records(1, 7)
+    report_steps(Histories(chain(tmp_path)).append, 7, 14)
+    assert replay("http://server", "run", chain(tmp_path), open_sink=server.open)
+    assert server.stored == ALL
+
+
+@pytest.mark.parametrize("full_from", range(14))
+@pytest.mark.parametrize("full_for", [1, 3, 5])
+def test_a_disk_that_is_full_at_a_border_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_from: int, full_for: int
+) -> None:
+    """One report a step; the disk takes nothing while steps `full_from` + 1 … `full_from` + `full_for` are reported."""
+    histories, server = Histories(chain(tmp_path)), FakeServer()
+    delivery = deliver_to(server, histories)
+
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in range(14):
+        with monkeypatch.context() as disk:
+            if full_from <= step < full_from + full_for:
+                disk.setattr(history, "_append_durably", fail)
+            report_steps(histories.append, step, step + 1)
+        delivery.deliver()
+        assert server.stored == records(1, step + 1)
+    report_steps(histories.append, 13, 14)
+    assert [record for phase in chain(tmp_path) for record in read_history(phase.path)] == ALL
+
+
+Event = Literal["report", "deliver", "down", "lost answer", "full disk", "crash"]
+EVENTS: tuple[Event, ...] = get_args(Event)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(1, 5)), max_size=40))
+def test_each_record_arrives_once_and_in_order_whatever_happens(events: list[tuple[Event, int]]) -> None:
+    """Reports of up to five steps; outages; a full disk for one report; the death of all processes, after which the
+    workers report again from up to five steps before what the histories hold."""
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        phases, server, written = chain(Path(name)), FakeServer(), history._append_durably
+        histories, reported = Histories(phases), 0
+        delivery = deliver_to(server, histories)
+        full = False
+
+        def append(path: Path, data: bytes) -> None:
+            if full:
+                raise OSError(28, "No space left on device")
+            written(path, data)
+
+        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr(history, "_append_durably", append)
+        for event, number in events:
+            full = event == "full disk"
+            if event in ("report", "full disk"):
+                report_steps(histories.append, reported, min(14, reported + number))
+                reported = min(14, reported + number)
+            elif event == "crash":
+                # A gap in the steps is what the disk did not take.
+                known = [record["step"] for phase in phases for record in read_history(phase.path)]
+                sound = next((step for step in range(14) if step + 1 not in known), 14)
+                reported = max(0, sound - number)
+                histories = Histories(phases)
+                delivery = deliver_to(server, histories)
+            else:
+                server.outcomes = [event] if event != "deliver" else []
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    delivery.deliver()
+            assert server.stored == records(1, len(server.stored))
+        full, server.outcomes = False, []
+        report_steps(histories.append, reported, 14)
+        histories.append("dense", [])
+        assert replay("http://server", "run", phases, open_sink=server.open)
+        assert server.stored == ALL
+        assert [record for phase in phases for record in read_history(phase.path)] == ALL
 
 
 def test_batches_hold_whole_records() -> None:
@@ -483,9 +647,9 @@ def test_no_secret_reaches_the_store(store: SimpleNamespace) -> None:
 def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-    first = RunTracker(store.uri, run_id, History(path))
+    first = RunTracker(store.uri, run_id, Histories(dense(path)))
     first.start()
-    first.add(records(1, 30))
+    first.add("dense", records(1, 30))
     assert first.close(60.0)
     assert mlflow_store.close_run(store.uri, run_id, "FAILED")
     assert store.client.get_run(run_id).info.status == "FAILED"
@@ -494,12 +658,12 @@ def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleName
     assert resumed == run_id
     run = store.client.get_run(run_id)
     assert (run.info.status, run.data.params["seed"]) == ("RUNNING", "0")
-    second = RunTracker(store.uri, run_id, History(path))
+    second = RunTracker(store.uri, run_id, Histories(dense(path)))
     second.start()
-    second.add(records(21, 40))
-    second.add([record(41, **{"eval/accuracy": 0.5, "a?b": 1.0, "../up": 2.0, "x" * 300: 3.0})])
+    second.add("dense", records(21, 40))
+    second.add("dense", [record(41, **{"eval/accuracy": 0.5, "a?b": 1.0, "../up": 2.0, "x" * 300: 3.0})])
     assert second.close(60.0)
-    assert replay(store.uri, run_id, path)
+    assert replay(store.uri, run_id, dense(path))
     assert mlflow_store.close_run(store.uri, run_id, "FINISHED")
 
     assert points(store, run_id, "train/loss") == [(r["step"], r["time_ms"], 1 / r["step"]) for r in records(1, 41)]
@@ -568,6 +732,27 @@ def test_unreachable_server_is_named_without_its_password(monkeypatch: pytest.Mo
     assert not mlflow_store.close_run("http://127.0.0.1:9", "0" * 32, "FINISHED", timeout_s=0.0)
 
 
+@pytest.mark.parametrize("statements", [5, 60])
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path, statements: int) -> None:
+    database = tmp_path / "mlflow.db"
+    killed = (
+        "import os, sys, sqlalchemy\n"
+        "from temper.tracking.mlflow_store import build_client\n"
+        "left = [int(sys.argv[2])]\n"
+        "def count(*_):\n"
+        "    left[0] -= 1\n"
+        "    left[0] or os._exit(9)\n"
+        "sqlalchemy.event.listen(sqlalchemy.Engine, 'before_cursor_execute', count)\n"
+        "build_client(sys.argv[1])"
+    )
+    arguments = [sys.executable, "-c", killed, f"sqlite:///{database}", str(statements)]
+    assert subprocess.run(arguments, capture_output=True, cwd=tmp_path, check=False).returncode == 9
+    assert not database.exists()
+    client = build_client(f"sqlite:///{database}")
+    assert client.create_run("0").info.status == "RUNNING"
+    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
+
+
 def test_git_state_of_a_dirty_repository(tmp_path: Path) -> None:
     from temper.tracking.provenance import _git, git_state
 
@@ -624,12 +809,12 @@ def test_server_that_goes_down_and_comes_back_has_each_step_once(store: SimpleNa
     with ui._server(store.uri, "127.0.0.1", port) as process:
         ui._wait_until_healthy(address, process, threading.Event())
         run_id = open_run(address, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-        tracker = RunTracker(address, run_id, History(tmp_path / "h"))
+        tracker = RunTracker(address, run_id, Histories(dense(tmp_path / "h")))
         tracker.start()
-        tracker.add(records(1, 1200))
+        tracker.add("dense", records(1, 1200))
         while not points(store, run_id, "train/loss"):
             threading.Event().wait(0.05)
-    tracker.add(records(1201, 1300))
+    tracker.add("dense", records(1201, 1300))
     with ui._server(store.uri, "127.0.0.1", port) as process:
         ui._wait_until_healthy(address, process, threading.Event())
         assert tracker.close(60.0)
