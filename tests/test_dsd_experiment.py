@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import dsd_experiment as experiment  # noqa: E402
+import dsd_step  # noqa: E402
 
 SHARING = [arm for arm in experiment.ARMS if arm != "dsd_long"]
 THREE_PHASES = [arm for arm in SHARING if arm != "dsd_d"]
@@ -51,6 +52,13 @@ def test_paired_difference(ours: list[float], others: list[float], mean: float, 
 def test_pairs_have_partners() -> None:
     with pytest.raises(ValueError, match="shorter"):
         experiment.paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_the_ratio_of_steps_is_that_of_neighbouring_blocks() -> None:
+    found = dsd_step.summarize(dense=[10.0, 20.0, 40.0], sparse=[12.0, 20.0, 44.0])
+    assert (found["dense_ms"], found["sparse_ms"]) == (20.0, 20.0)
+    assert found["ratio"] == pytest.approx(1.1)
+    assert found["quartiles"] == pytest.approx([1.0, 1.2])
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes

@@ -15,11 +15,14 @@ from engine_cases import BATCH, OPTIMIZERS, Case, build_batches, build_engine
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel import halo
 from temper.parallel.groups import Group
-from temper.verify import Comparison, compare, trace
+from temper.plan.phases import PhasePlan, Pruning
+from temper.verify import Comparison, begin_at_once, compare, trace
 
 STEPS = 3
 BLOCKS = dict.fromkeys("012345", "image_blocks")
 MAPS = {"0": "output_maps", "3": "input_maps", "7": "output_activations"}
+PRUNED = {"3.weight": 0.5, "7.weight": 0.3}
+SPARSE = PhasePlan("sparse-1", "sparse", 0, STEPS, 0.1, "", {}, Pruning("weights", "magnitude", PRUNED, 0))
 MASK = torch.rand(10, 7 * 64, generator=torch.Generator().manual_seed(3)) > 0.5
 
 
@@ -41,6 +44,8 @@ def build_net() -> nn.Module:
 def _trace(case: Case, folder: Path, fault: str = "") -> None:
     model = build_net()
     engine, batch = build_engine(case, model=model)
+    if "sparse" in fault:
+        begin_at_once(engine, SPARSE, folder)
     _plant(fault, engine)
     chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
     rows = torch.cat(
@@ -112,7 +117,35 @@ def _masked(engine: DeepSpeedEngine, offset_of: Any) -> None:
     engine.optimizer.register_step_post_hook(apply)
 
 
+def _own_threshold(engine: DeepSpeedEngine, rank: int) -> None:
+    """Each rank prunes the smallest of the part that it has."""
+    for owner, kept in engine._masks._kept.items():
+        values = owner.detach().abs().flatten()
+        threshold = values.kthvalue(round(0.5 * len(values))).values
+        kept.copy_((owner.detach().abs() > threshold).to(kept.dtype))
+
+
+def _moving_weights(engine: DeepSpeedEngine, rank: int) -> None:
+    """The masks are not held: pruned weights move again."""
+    for kept in engine._masks._kept.values():
+        kept.fill_(1)
+    engine._masks.shard_of = _shard_of(engine)  # type: ignore[method-assign]
+
+
+def _shard_of(engine: DeepSpeedEngine) -> Any:
+    """What was chosen, whatever is held."""
+    chosen = {(item.name, item.start): item.master != 0 for item in engine.fragments()}
+
+    def shard_of(item: Any) -> dict[str, Tensor]:
+        return {"mask": chosen[item.name, item.start]} if item.name in PRUNED else {}
+
+    return shard_of
+
+
 FAULTS = {
+    "sparse": lambda engine, rank: None,
+    "sparse, own threshold": _own_threshold,
+    "sparse, moving weights": _moving_weights,
     "wrong accumulation factor": _wrong_accumulation,
     "unsynchronised parameter": _unsynchronised,
     "missing halo": _missing_halo,
@@ -128,6 +161,8 @@ ALONE = {
     "alone-1-fp16": (Case(dtype="fp16"), ""),
     "alone-1-bf16": (Case(dtype="bf16"), ""),
     "alone-1-mask": (Case(), "mask"),
+    "alone-1-sparse": (Case(), "sparse"),
+    "alone-1-sparse-fp16": (Case(dtype="fp16"), "sparse"),
 }
 TWO = {
     "zero0": (Case(), ""),
@@ -139,6 +174,11 @@ TWO = {
     "fp16": (Case(zero=2, dtype="fp16"), ""),
     "bf16": (Case(tensor=2, dtype="bf16", splits=MAPS), ""),
     "masked": (Case(zero=1), "mask"),
+    "sparse": (Case(zero=2), "sparse"),
+    "sparse maps": (Case(tensor=2, splits=MAPS), "sparse"),
+    "sparse zero3": (Case(zero=3, dtype="fp16"), "sparse"),
+    "threshold": (Case(zero=1), "sparse, own threshold"),
+    "moving": (Case(zero=1), "sparse, moving weights"),
     "accumulation": (Case(pipeline=2, accumulation=4), "wrong accumulation factor"),
     "unsynchronised": (Case(), "unsynchronised parameter"),
     "halo": (Case(tensor=2, splits=BLOCKS), "missing halo"),
@@ -170,13 +210,18 @@ def _compared(traces: Path, name: str, against: str) -> Comparison:
         ("fp16", "alone-1-fp16"),
         ("bf16", "alone-1-bf16"),
         ("masked", "alone-1-mask"),
+        ("sparse", "alone-1-sparse"),
+        ("sparse maps", "alone-1-sparse"),
+        ("sparse zero3", "alone-1-sparse-fp16"),
     ],
 )
 def test_a_right_topology_is_equal(traces: Path, name: str, against: str) -> None:
     found = _compared(traces, name, against)
     assert found.difference is None, str(found.difference)
     assert [step.step for step in found.steps] == list(range(STEPS + 1))
-    assert found.compared > (0.8 if TWO[name][0].dtype != "fp32" else 0.99)
+    share = 0.8 if TWO[name][0].dtype != "fp32" else 0.99
+    # A weight that is pruned, 31 % of them, is compared with zero instead.
+    assert found.compared > (share - 0.31 if "sparse" in name else share)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +232,8 @@ def test_a_right_topology_is_equal(traces: Path, name: str, against: str) -> Non
         ("unsynchronised", "alone-1-sgd", 1, "the copy on another rank", "3.weight"),
         ("halo", "alone-1-sgd", 1, "output", "3"),
         ("shard", "alone-1-mask", 1, "weight", "7.weight"),
+        ("threshold", "alone-1-sparse", 0, "mask", "7.weight"),
+        ("moving", "alone-1-sparse", 1, "pruned weight", "3.weight"),
     ],
 )
 def test_a_planted_fault_is_named(traces: Path, name: str, against: str, step: int, what: str, layer: str) -> None:

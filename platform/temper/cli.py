@@ -119,7 +119,8 @@ def _verify(options: argparse.Namespace) -> int:
     for comparison in done.comparisons:
         for step in comparison.steps[1:]:
             worst = ", ".join(f"{what} {error:.1e} ({name})" for what, (name, error) in step.worst.items())
-            _say(f"  {comparison.dtype} step {step.step}: loss {step.loss:.6f}; largest errors: {worst}")
+            where = f"{comparison.dtype} {comparison.phase} step {step.step}"
+            _say(f"  {where}: loss {step.loss:.6f}; largest errors: {worst}")
     _say(f"{job.name}: {'equal to one process' if done.difference is None else 'DIFFERS: ' + done.difference}")
     _say(f"  certificate in MLflow run {done.run_id}")
     _print_json(options, {"status": "equal" if done.difference is None else "differs", **done.to_dict()})

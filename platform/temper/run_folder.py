@@ -22,17 +22,26 @@ WEIGHTS = "weights.json"  # of a sparse or re-dense phase: what came of the weig
 
 
 @dataclass(frozen=True)
+class TraceTask:
+    """One trace to be taken: steps of `phase`, as if it began with the initial weights, written into `folder`."""
+
+    plan: Plan
+    phase: PhasePlan
+    folder: Path
+
+
+@dataclass(frozen=True)
 class TraceSpec:
-    """What workers that verify are told: plans of one mesh, one a precision, and the folder for the trace of each."""
+    """What workers that verify are told; the plans are of one mesh, one a precision."""
 
     run_folder: Path
-    traces: tuple[tuple[Plan, Path], ...]
+    traces: tuple[TraceTask, ...]
     steps: int
     import_folders: tuple[str, ...]
 
     @property
     def plan(self) -> Plan:
-        return self.traces[0][0]
+        return self.traces[0].plan
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 A trace holds, for a few steps of the job, what every module gave, the gradient that the optimizer stepped with, and the
 master weights after it: whole, whatever the topology, because it is written as checkpoints are. Two traces that differ
 are searched in the order in which a step computes, so that the first difference names the layer at fault.
+
+A sparse phase is traced as if it began with the initial weights. Those are the same bits on every topology, so the
+masks must be, too; after steps of training, rounding may decide between two weights of nearly the same magnitude.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from temper import checkpoint
-from temper.checkpoint import MASTER, CheckpointReader, Shard
+from temper.checkpoint import MASK, MASTER, CheckpointReader, Shard
+from temper.engine.base import EngineState
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel.cut import cut_of
 from temper.parallel.image_block import ImageBlock
+from temper.plan.phases import PhasePlan
+from temper.techniques.dsd.border import begin_phase
 
 GRADIENT = "gradient"
 
@@ -58,6 +64,19 @@ _LEAST_SHARE = 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------- tracing
+
+
+def begin_at_once(engine: DeepSpeedEngine, phase: PhasePlan, folder: Path) -> None:
+    """Begins a sparse phase with the weights that the engine has; `folder` takes them on the way. Collective."""
+    start = checkpoint.checkpoint_folder(folder / "start", 0)
+    checkpoint.write_shards(start, dist.get_rank(), engine.shards())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        state = {"step": 0, "engine": asdict(engine.state())}
+        checkpoint.write_manifest(start, dist.get_world_size(), state, engine.shapes())
+    dist.barrier()
+    reader = begin_phase(start, phase)
+    engine.load(reader, EngineState(**reader.state["engine"]))
 
 
 def trace(
@@ -148,7 +167,7 @@ class _Tracer:
         dist.barrier()
 
     def _with_gradient(self, shard: Shard) -> Shard:
-        kept = {kind: value for kind, value in shard.tensors.items() if kind in (MASTER, checkpoint.BUFFER)}
+        kept = {kind: value for kind, value in shard.tensors.items() if kind in (MASTER, MASK, checkpoint.BUFFER)}
         gradient = self.gradients.get((shard.name, shard.start))
         if gradient is not None and MASTER in kept:
             kept[GRADIENT] = gradient
@@ -220,9 +239,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two traces in one precision; equal where there is no difference."""
+    """Two traces of a phase in one precision; equal where there is no difference."""
 
     dtype: str
+    phase: str
     bounds: Bounds
     steps: tuple[StepReport, ...]
     difference: Difference | None
@@ -232,11 +252,11 @@ class Comparison:
         return asdict(self)
 
 
-def compare(one_process: Path, topology: Path, dtype: str) -> Comparison:
+def compare(one_process: Path, topology: Path, dtype: str, phase: str = "dense") -> Comparison:
     """Compares the trace of one process with that of a topology, step by step, up to the first difference.
 
-    Within a step: whether it was applied, equal replicas, modules' outputs as they are computed, the loss, gradients
-    from the last layer to the first as the backward pass makes them, weights.
+    Within a step: whether it was applied, equal replicas, masks and what they prune, modules' outputs as they are
+    computed, the loss, gradients from the last layer to the first as the backward pass makes them, weights.
     """
     pairs = list(_pairs(one_process, topology))
     weights = _WeightCheck(pairs[0][0], BOUNDS[dtype])
@@ -246,8 +266,8 @@ def compare(one_process: Path, topology: Path, dtype: str) -> Comparison:
         reports.append(_report(reference, other, errors))
         wrong = next((item for item in errors if not item.error <= item.bound), None)
         if wrong is not None:
-            return Comparison(dtype, BOUNDS[dtype], tuple(reports), wrong, weights.compared())
-    return Comparison(dtype, BOUNDS[dtype], tuple(reports), None, weights.compared())
+            return Comparison(dtype, phase, BOUNDS[dtype], tuple(reports), wrong, weights.compared())
+    return Comparison(dtype, phase, BOUNDS[dtype], tuple(reports), None, weights.compared())
 
 
 def _pairs(one: Path, other: Path) -> Iterator[tuple[CheckpointReader, CheckpointReader]]:
@@ -265,6 +285,8 @@ def _errors(
             yield Difference(step, f"{key.replace('_', ' ')} ({one.state[key]} → {other.state[key]})", "", differs, 0.0)
     for name in other.state["unequal"]:
         yield Difference(step, "the copy on another rank", name, math.inf, 0.0)
+    for name in one.names(MASK):
+        yield from _mask_errors(one, other, name)
     for name, values in one.state["outputs"].items():
         error = _output_error(values, other.state["outputs"].get(name))
         if error is not None:
@@ -276,6 +298,15 @@ def _errors(
         yield Difference(step, "gradient", name, error, bounds.gradient)
     for name, error in weights.errors(one, other):
         yield Difference(step, "weight", name, error, bounds.weights)
+
+
+def _mask_errors(one: CheckpointReader, other: CheckpointReader, name: str) -> Iterator[Difference]:
+    """Shares of a layer: where its masks differ, and where a pruned weight is not zero. Rounding explains neither."""
+    kept = one.full(MASK, name)
+    found = other.full(MASK, name) if name in other.names(MASK) else torch.ones_like(kept)
+    yield Difference(one.step, "mask", name, float((found != kept).double().mean()), 0.0)
+    alive = (other.full(MASTER, name) != 0) & ~kept
+    yield Difference(one.step, "pruned weight", name, float(alive.double().mean()), 0.0)
 
 
 def _output_error(one: list[float], other: list[float] | None) -> float | None:

@@ -35,15 +35,14 @@ from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
 from temper.parallel.groups import MeshGroups, build_groups
-from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
-from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, WorkerSpec
+from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, TraceTask, WorkerSpec
 from temper.targets import apply_target_folders
 from temper.techniques.dsd.border import begin_phase
 from temper.techniques.dsd.sparsity import count_zeros, latest_pruning, sparsity_metrics
 from temper.techniques.dsd.summary import summarize, write_summary
-from temper.verify import trace
+from temper.verify import begin_at_once, trace
 
 Report = Callable[[str, list[Record]], None]
 """Takes the name of a phase and records of it. All ranks call it together; only rank 0 has records."""
@@ -86,22 +85,23 @@ def _incomplete(spec: WorkerSpec) -> list[PhasePlan]:
 
 
 def trace_work(spec: TraceSpec) -> None:
-    """Takes the first steps of each of the spec's plans and writes down what they did. Collective over all workers."""
+    """Takes the first steps of each of the spec's traces and writes down what they did. Collective over all workers."""
     rank = int(os.environ["RANK"])
     _redirect_output(spec.run_folder / "logs" / f"verify-rank-{rank}.log")
     apply_target_folders([Path(folder) for folder in spec.import_folders])
     prepare(spec.plan.mesh.device)
     with _process_group(spec.plan.mesh.device):
         groups = build_groups(spec.plan.mesh.data, spec.plan.mesh.pipeline, spec.plan.mesh.tensor)
-        for plan, folder in spec.traces:
-            _trace(plan, folder, spec.steps, groups)
+        for task in spec.traces:
+            _trace(task, spec.steps, groups)
 
 
-def _trace(plan: Plan, folder: Path, steps: int, groups: MeshGroups) -> None:
-    job = plan.job
+def _trace(task: TraceTask, steps: int, groups: MeshGroups) -> None:
+    plan, job = task.plan, task.plan.job
     model = build_model(job.model, plan.data, job.seed)
-    config = plan.phases[0].deepspeed
-    engine = build_engine(model, build_loss(job.loss), job, plan.batch, plan.mesh, groups, config)
+    engine = build_engine(model, build_loss(job.loss), job, plan.batch, plan.mesh, groups, task.phase.deepspeed)
+    if task.phase.pruning is not None:
+        begin_at_once(engine, task.phase, task.folder)
     batches = train_batches(
         job.data,
         load_splits(job.data, Path(job.storage), plan.data)["train"],
@@ -114,7 +114,7 @@ def _trace(plan: Plan, folder: Path, steps: int, groups: MeshGroups) -> None:
         last_step=steps,
     )
     parts = ((batch.inputs, batch.targets) for batch, _ in batches)
-    trace(engine, model, parts, folder, lr_at=learning_rate(job, plan.phases[0]), seed=job.seed)
+    trace(engine, model, parts, task.folder, lr_at=learning_rate(job, task.phase), seed=job.seed)
 
 
 class _Worker:

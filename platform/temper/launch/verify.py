@@ -1,6 +1,7 @@
 """`temper verify`: the job's first steps in one process and in its topology, compared; the result is a certificate.
 
-Both are traced first in fp32, whose rounding hides nothing, then in the job's own precision.
+Both are traced first in fp32, whose rounding hides nothing, then in the job's own precision; of a job that prunes, the
+first sparse phase is traced, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from temper.launch.ingest import ingest
 from temper.launch.train import import_folders
 from temper.plan.build import Plan, build_plan
 from temper.plan.mesh import ClusterShape
-from temper.run_folder import FAILURES, TraceSpec
+from temper.plan.phases import PhasePlan
+from temper.run_folder import FAILURES, TraceSpec, TraceTask
 from temper.tracking.mlflow_store import close_run, log_certificate, open_run, tracking_uri
 from temper.verify import Comparison, compare
 
@@ -32,7 +34,8 @@ CERTIFICATE = "verify.json"
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared and what came of it. `comparisons` are in fp32 and, if that is another, in the job's precision.
+    """What was compared and what came of it. `comparisons` are in fp32 and, if that is another, in the job's precision;
+    in each of the dense phase and, if there is one, of the first that prunes.
 
     `difference` names the first layer and step that differ; None where the topology computes what one process does.
     """
@@ -118,13 +121,27 @@ def _compare_all(
         for name, side in (("one-process", references), ("topology", plans)):
             ranks = side[0].mesh.world_size
             say(f"taking {steps} steps on {ranks} rank{'s' if ranks > 1 else ''}")
-            folders = tuple((plan, traces / name / plan.job.precision.dtype) for plan in side)
-            _trace(TraceSpec(root, folders, steps, import_folders(job_folder)), embedded=embedded)
+            tasks = tuple(task for plan in side for task in _tasks(plan, traces / name))
+            _trace(TraceSpec(root, tasks, steps, import_folders(job_folder)), embedded=embedded)
         say("comparing")
-        dtypes = [plan.job.precision.dtype for plan in plans]
-        return tuple(compare(traces / "one-process" / dtype, traces / "topology" / dtype, dtype) for dtype in dtypes)
+        alone, together = traces / "one-process", traces / "topology"
+        compared = [(plan.job.precision.dtype, phase.name) for plan in plans for phase in _traced_phases(plan)]
+        return tuple(
+            compare(alone / dtype / phase, together / dtype / phase, dtype, phase) for dtype, phase in compared
+        )
     finally:
         shutil.rmtree(traces, ignore_errors=True)
+
+
+def _traced_phases(plan: Plan) -> list[PhasePlan]:
+    """The dense phase, and the first that prunes."""
+    sparse = [phase for phase in plan.phases if phase.pruning is not None and phase.pruning.layers]
+    return [plan.phases[0], *sparse[:1]]
+
+
+def _tasks(plan: Plan, folder: Path) -> list[TraceTask]:
+    place = folder / plan.job.precision.dtype
+    return [TraceTask(plan, phase, place / phase.name) for phase in _traced_phases(plan)]
 
 
 def _trace(spec: TraceSpec, *, embedded: bool) -> None:
@@ -149,7 +166,7 @@ def _certificate(
         one_process=_topology(reference),
         steps=steps,
         comparisons=comparisons,
-        difference=None if wrong is None else f"{wrong.dtype}, {wrong.difference}",
+        difference=None if wrong is None else f"{wrong.dtype}, {wrong.phase}, {wrong.difference}",
         seconds=seconds,
     )
 
