@@ -528,7 +528,8 @@ def test_masks_survive_a_checkpoint_and_another_number_of_shards(tmp_path: Path,
         for shard in (*shards, *restored):
             shard.push("other", clock, gradient[shard.start : shard.stop], shard.version, 0.1)
     check_pruned_are_zero(restored)
-    assert torch.equal(values_of(restored), values_of(shards))
+    # Fused optimizers round the last elements of a tensor in another way, and these are others here.
+    torch.testing.assert_close(values_of(restored), values_of(shards), rtol=1e-6, atol=1e-7)
     masks, others = full_masks(shards), full_masks(restored)
     assert list(masks) == list(others) == list(PRUNED)
     assert all(torch.equal(masks[name], others[name]) for name in PRUNED)

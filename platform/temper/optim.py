@@ -2,6 +2,10 @@
 
 The learning rate is set before every step by the engine, as a pure function of the steps applied so far; nothing about
 it is stored here.
+
+On the CPU, Adam, AdamW and Adagrad are torch's fused ones. They are three times as fast, and as fast for a network full
+of zeros: the others take the square roots of all second moments in one call, and that takes six times as long where
+many of them are zero, as those of pruned weights are.
 """
 
 from __future__ import annotations
@@ -52,16 +56,35 @@ def _sgd(config: SGDOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimi
 
 def _adam(config: AdamOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.Adam(params, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.Adam(
+        params,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=_on_cpu(params),
+    )
 
 
 def _adamw(config: AdamWOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(params, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        params,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=_on_cpu(params),
+    )
 
 
 def _adagrad(config: AdagradOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return LazyAdagrad(params, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
+    return LazyAdagrad(params, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=_on_cpu(params))
+
+
+def _on_cpu(params: list[nn.Parameter]) -> bool | None:
+    """For `fused`: elsewhere torch decides."""
+    return all(param.device.type == "cpu" for param in params) or None
 
 
 OPTIMIZERS: dict[str, Callable[[Any, list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -17,7 +17,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.schedules import Schedule, build_schedule
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
 
 _LOSS_SCALING = ("loss_scale", "initial_scale", "scale_window", "hysteresis", "min_scale")
