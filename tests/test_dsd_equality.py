@@ -314,3 +314,27 @@ def test_a_threshold_of_each_rank_would_be_another_mask() -> None:
     whole = reference_mask(weight, 0.5)
     halves = np.concatenate([reference_mask(half, 0.5) for half in np.split(weight, 2)])
     assert (whole != halves).mean() > 0.4
+
+
+def _fresh_moments(rank: int, folder: Path) -> list[bool]:
+    """Whether all that leads to a parameter's moments leads to the optimizer's own, after a step, a phase with a fresh
+    optimizer, and a step."""
+    case = Case(zero=1, optimizer="adamw")
+    engine, batch = build_engine(case)
+    step(engine, batch, case, 0)
+    enter(engine, save(engine, folder, DENSE), "sparse", fresh=True)
+    forgotten = [item.moments() == {} for item in engine.fragments()]
+    step(engine, batch, case, 1)
+    places = {moment.data_ptr() for item in engine.fragments() for moment in item.moments().values()}
+    linked = [
+        moment.data_ptr() in places
+        for _, param in engine.named_parameters()
+        for moment in param._hp_mapping.optim_fragment.values()
+    ]
+    return [*forgotten, *linked]
+
+
+def test_a_fresh_optimizer_leaves_no_old_moments_in_memory(tmp_path: Path) -> None:
+    """DeepSpeed keeps views of them beside each parameter."""
+    found = run_distributed(_fresh_moments, 1, tmp_path)[0]
+    assert len(found) == 8 + 2 * 8 and all(found)

@@ -184,12 +184,22 @@ def test_what_acts_in_a_sparse_phase_changes_it_and_what_follows(changes, dsd):
         ({"sparsity": {"*": 0.5}}, {}),
         ({"sparsity": {"conv1": 0.5, "layer?.0.conv*": 0.5, "rnn*": 0.5, "fc.weight": 0.5}}, {}),
         ({}, {"schedule": {"kind": "constant"}}),
-        ({"sparse_lr_factor": 1.0, "redense_lr_factor": 0.1}, {"sparse_lr_factor": 3.0, "redense_lr_factor": 3.0}),
+        ({"sparse_lr_factor": 1.0, "redense_lr_factor": 0.1}, {}),
         ({"sparse_steps": None, "sparse_epochs": 40 * 64 / 1437}, {}),
     ],
 )
 def test_what_means_the_same_is_the_same(changes, dsd):
     assert fingerprints(rounds=[round_of(**changes)], **dsd) == fingerprints()
+
+
+def test_a_round_that_gives_back_weights_of_the_sparse_phase_before_it_says_so():
+    said = "sparse-2 follows sparse-1 directly and prunes less of"
+    sparse = round_of(redense_steps=0)
+    found = planned(rounds=[sparse, round_of(sparsity={"fc": 0.6, "*": 0.25})]).notes
+    names = NAMES.removesuffix(", fc.weight")
+    assert any(note.startswith(f"{said} {names}: which zeros are trained again") for note in found)
+    for rounds in ([sparse, round_of(sparsity=0.75)], [ROUND, round_of(sparsity=0.25)]):
+        assert not any(said in note for note in planned(rounds=rounds).notes)
 
 
 def test_excluding_and_not_naming_are_the_same():
@@ -415,6 +425,11 @@ def test_a_wrong_round_is_refused(changes, key, said):
             "30 never ends in a phase of 30 steps (dsd.rounds.0.redense_steps or _epochs); use at most 29",
         ),
         ({"redense_lr_factr": 0.1}, "dsd.redense_lr_factr", "did you mean 'redense_lr_factor'?"),
+        (
+            {"redense_lr_factor": 0.5, "rounds": [{"sparsity": 0.5, "sparse_steps": 40, "redense_steps": 0}]},
+            "dsd.redense_lr_factor",
+            "0.5 has no effect: every round has its own or no redense phase",
+        ),
     ],
 )
 def test_a_wrong_section_is_refused(dsd, key, said):

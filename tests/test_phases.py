@@ -153,6 +153,35 @@ def test_fresh_removes_nothing_while_another_command_runs_a_phase(plan: Plan) ->
         assert claim_phases(plan, stack) == ()
 
 
+def test_fresh_removes_nothing_while_another_command_uses_a_phase(plan: Plan, tmp_path: Path) -> None:
+    """One that began with the phases that both have, and runs what follows."""
+    other = plan_of(tmp_path / "runs", "other", "abd")
+    complete(plan, *CHAIN)
+    with ExitStack() as using:
+        assert names(claim_phases(other, using)) == ("redense-1",)
+        with ExitStack() as stack, pytest.raises(RunError, match="dense of tiny"):
+            forget_phases(plan, stack)
+        with ExitStack() as stack:
+            assert claim_phases(plan, stack) == ()
+    with ExitStack() as stack:
+        assert names(forget_phases(plan, stack)) == CHAIN
+
+
+def test_a_removal_that_is_broken_off_leaves_no_phase_without_the_one_before(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(plan, *CHAIN)
+
+    def die(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phase_store.shutil, "rmtree", die)
+    with ExitStack() as stack, pytest.raises(KeyboardInterrupt):
+        forget_phases(plan, stack)
+    with ExitStack() as stack:
+        assert names(claim_phases(plan, stack)) == CHAIN
+
+
 # --------------------------------------------------------------------------------------------------------- its history
 
 

@@ -36,8 +36,9 @@ class TrainState:
     """All that is resumable beside tensors.
 
     `step` counts global batches over all phases, `applied` those whose updates are in the weights, `undone` those whose
-    updates were taken back; `applied_before` is what `applied` was where the phase began, and `seconds` the time that
-    its steps took. `back_offs` counts returns to a checkpoint, `back_offs_in_row` those since the last applied step.
+    updates were taken back; `applied_before` and `skipped_before` are what `applied` and `skipped` were where the phase
+    began, and `seconds` is the time that its steps took. `back_offs` counts returns to a checkpoint, `back_offs_in_row`
+    those since the last applied step.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class TrainState:
     back_offs: int = 0
     back_offs_in_row: int = 0
     applied_before: int = 0
+    skipped_before: int = 0
 
     @property
     def skipped(self) -> int:
@@ -63,7 +65,8 @@ class TrainState:
 
     def in_next_phase(self) -> TrainState:
         """The state with which the phase after this one begins."""
-        return replace(self, seconds=0.0, back_offs_in_row=0, applied_before=self.applied)
+        here = {"applied_before": self.applied, "skipped_before": self.skipped}
+        return replace(self, seconds=0.0, back_offs_in_row=0, **here)
 
     def backed_off_to(self, good: TrainState) -> TrainState:
         """The state with the weights of `good`; the batches since then are not trained on again."""

@@ -3,9 +3,9 @@
 The learning rate is set before every step by the engine, as a pure function of the steps applied so far; nothing about
 it is stored here.
 
-On the CPU, Adam, AdamW and Adagrad are torch's fused ones. They are three times as fast, and as fast for a network full
-of zeros: the others take the square roots of all second moments in one call, and that takes six times as long where
-many of them are zero, as those of pruned weights are.
+Where the model is on the CPU, Adam, AdamW and Adagrad are torch's fused ones. They are three times as fast, and as fast
+for a network full of zeros: the others take the square roots of all second moments in one call, and that takes six
+times as long where many of them are zero, as those of pruned weights are.
 """
 
 from __future__ import annotations

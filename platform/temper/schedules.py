@@ -1,6 +1,6 @@
 """Schedules as pure functions of the step, so that a checkpoint stores one integer and nothing else.
 
-A step is counted from 0: `factor(0)` is what the first optimizer step of the job multiplies its learning rate by.
+A step is counted from 0: `factor(0)` is what the first optimizer step of a phase multiplies its learning rate by.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Schedule = Callable[[int], float]
 
 
 def build_schedule(config: ScheduleConfig, steps: int) -> Schedule:
-    """The factor of the learning rate at each step of a budget of `steps`: warm-up first, then the decay.
+    """The factor of the learning rate at each step of a phase of `steps`: warm-up first, then the decay.
 
     Warm-up rises linearly, (step + 1) / (warmup_steps + 1): no step is spent at a learning rate of zero, and step
     `warmup_steps` is the first at the full one. `cosine` (Loshchilov and Hutter 2017, without restarts) and `linear`
-    fall from there to `final_factor`, which they reach with the end of the budget. `step` multiplies by `gamma` at
-    each milestone. Steps beyond the budget keep the value at its end.
+    fall from there to `final_factor`, which they reach with the end of the phase. `step` multiplies by `gamma` at
+    each milestone. Steps beyond the phase keep the value at its end.
     """
     decay = _DECAYS[config.kind](config, steps)
     warmup = config.warmup_steps

@@ -325,7 +325,7 @@ class _Worker:
                 "fingerprint": phase.fingerprint,
                 "checkpoint": str(folder.relative_to(self.spec.phase_folder(phase))),
                 "steps": phase.steps,
-                "skipped_steps": state.skipped,
+                "skipped_steps": state.skipped - state.skipped_before,
                 "seconds": state.seconds,
                 "metrics": last["metrics"],
             }

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from temper.config.schema import JobConfig, RoundConfig, ScheduleConfig
+from temper.config.schema import DSDConfig, JobConfig, RoundConfig, ScheduleConfig
 from temper.errors import Problem
 
 _CLASS_METRICS = ("accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error")
@@ -277,7 +277,20 @@ def _check_dsd(job: JobConfig) -> list[Problem]:
         problems += _check_length(key, round_, "sparse")
         problems += _check_length(key, round_, "redense")
         problems += _check_sparsity(key, round_)
-    return problems
+    return [*problems, *_check_lr_factor(job.dsd, "sparse"), *_check_lr_factor(job.dsd, "redense")]
+
+
+def _check_lr_factor(dsd: DSDConfig, kind: str) -> list[Problem]:
+    """The factor for all rounds must be read by one of them."""
+    name = f"{kind}_lr_factor"
+    given = getattr(dsd, name)
+    readers = [
+        round_ for round_ in dsd.rounds if getattr(round_, name) is None and getattr(round_, f"{kind}_steps") != 0
+    ]
+    if readers or given == DSDConfig.model_fields[name].default:
+        return []
+    rule = f"has no effect: every round has its own or no {kind} phase"
+    return [Problem(f"dsd.{name}", given, rule, "leave it out")]
 
 
 def _check_length(key: str, round_: RoundConfig, kind: str) -> list[Problem]:

@@ -341,7 +341,7 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegative = 0
     final_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     milestones: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(
-        default_factory=list, description="`step` only: shares of the budget at which lr is multiplied by `gamma`"
+        default_factory=list, description="`step` only: shares of a phase's steps at which lr is multiplied by `gamma`"
     )
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
 

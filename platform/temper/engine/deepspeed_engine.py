@@ -17,6 +17,7 @@ from temper.engine.inputs import DTYPES, apply_seed, prepared
 from temper.engine.masks import MasterMasks
 from temper.engine.masters import (
     Fragment,
+    forget_moments,
     inner_optimizer,
     master_fragments,
     optimizer_step,
@@ -243,9 +244,9 @@ class DeepSpeedEngine:
     def load(self, reader: CheckpointReader, state: EngineState) -> None:
         fragments = self.fragments()
         moments = reader.moments()
+        if not moments:  # a phase with a fresh optimizer, or a checkpoint from before the first applied step
+            forget_moments(self._engine.optimizer, fragments)
         for item in fragments:
-            if not moments:  # a checkpoint from before the first applied step, loaded after it
-                item.optimizer_state.pop(item.owner, None)
             item.master.copy_(reader.read(MASTER, item.name, item.start, item.numel, item.cut))
             for key in moments:
                 item.moment(key).copy_(reader.read(key, item.name, item.start, item.numel, item.cut))

@@ -117,6 +117,18 @@ def master_fragments(optimizer: Any, names: dict[nn.Parameter, str]) -> list[Fra
     return list(MASTERS[type(optimizer).__name__](optimizer, names))
 
 
+def forget_moments(optimizer: Any, fragments: list[Fragment]) -> None:
+    """Drops the moments, so that the next step makes new ones, and what else holds their memory: stages 1 and 2 keep
+    views of them beside each parameter."""
+    for item in fragments:
+        item.optimizer_state.pop(item.owner, None)
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
+        for param in (param for group in optimizer.bit16_groups for param in group):
+            if param._hp_mapping is not None:
+                param._hp_mapping.optim_fragment = None
+        optimizer._hp_optimizer_states_linked = False
+
+
 def optimizer_step(fragments: list[Fragment]) -> int:
     """Steps that the inner optimizer has applied; 0 where it keeps no count (SGD) or has not stepped."""
     for fragment in fragments:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from temper.errors import RunError
 from temper.files import read_json, read_lines
-from temper.locks import claimed
+from temper.locks import claimed, shared
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST, PLAN, RUN
@@ -20,12 +20,14 @@ from temper.tracking.history import History, last_step
 
 
 def claim_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
-    """The phases that are not complete, in their order, each claimed until `stack` is closed.
+    """The phases that are not complete, in their order, each claimed until `stack` is closed; until then the others
+    stay where they are.
 
     Raises RunError where another command runs one of them.
     """
     pending = []
     for phase in plan.phases:
+        stack.enter_context(shared(_users(plan, phase), _what(plan, phase)))
         with ExitStack() as claim:
             try:
                 claim.enter_context(_claim(plan, phase))
@@ -44,17 +46,33 @@ def claim_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
 
 def forget_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     """Removes what was computed for this job. Returns all phases, each claimed until `stack` is closed. Raises RunError
-    where another command runs one of them; nothing is removed then.
+    where another command runs or uses one of them; nothing is removed then.
     """
     for phase in plan.phases:
         stack.enter_context(_claim(plan, phase))
-    for phase in plan.phases:
-        shutil.rmtree(plan.phase_folder(phase), ignore_errors=True)
+    with ExitStack() as unused:
+        for phase in plan.phases:
+            unused.enter_context(claimed(_users(plan, phase), _what(plan, phase)))
+        # Without its manifest a phase no longer counts. The last one first: what is left, should this be broken off, is
+        # a chain of phases from the start.
+        for phase in reversed(plan.phases):
+            (plan.phase_folder(phase) / PHASE_MANIFEST).unlink(missing_ok=True)
+        for phase in plan.phases:
+            shutil.rmtree(plan.phase_folder(phase), ignore_errors=True)
     return plan.phases
 
 
 def _claim(plan: Plan, phase: PhasePlan) -> AbstractContextManager[None]:
-    return claimed(plan.lock(phase), f"{phase.name} of {plan.job.name}, {phase.fingerprint[:10]},")
+    return claimed(plan.lock(phase), _what(plan, phase))
+
+
+def _users(plan: Plan, phase: PhasePlan) -> Path:
+    """The lock that every command which needs the phase shares."""
+    return plan.phase_folder(phase).with_name(f"{phase.fingerprint}.users.lock")
+
+
+def _what(plan: Plan, phase: PhasePlan) -> str:
+    return f"{phase.name} of {plan.job.name}, {phase.fingerprint[:10]},"
 
 
 def is_complete(plan: Plan, phase: PhasePlan) -> bool:

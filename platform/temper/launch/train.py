@@ -401,12 +401,12 @@ def _failure_text(run_folder: Path, error: BaseException) -> str:
 def _deliver(run: TrackedRun, plan: Plan, status: RunStatus) -> bool:
     """Gives MLflow what it lacks of the run; false where it does not take all of it."""
     delivered = replay(run.uri, run.run_id, phase_histories(plan)) and close_run(run.uri, run.run_id, status)
-    write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
-    if delivered and status == "FINISHED":
+    if status == "FINISHED" and len(plan.phases) > 1:
         # Only now: it imports matplotlib and torch.
         from temper.tracking.report import log_plots
 
-        log_plots(run.uri, run.run_id, plan)
+        delivered = delivered and log_plots(run.uri, run.run_id, plan)
+    write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
     return delivered
 
 

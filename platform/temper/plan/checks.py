@@ -12,7 +12,7 @@ from temper.config.schema import JobConfig
 from temper.errors import Problem
 from temper.plan.dsd import check_layers
 from temper.plan.facts import DataFacts
-from temper.plan.phases import phase_steps, plan_steps
+from temper.plan.phases import phase_schedule, phase_steps, plan_steps
 from temper.plan.probe import ModelFacts
 from temper.plan.stages import check_stages
 
@@ -95,7 +95,7 @@ def _check_warmup(job: JobConfig, steps: Mapping[str, int]) -> list[Problem]:
     """The warm-up of sparse and re-dense phases against the shortest of them."""
     assert job.dsd is not None, "only its rounds have such phases"
     own = job.dsd.schedule is not None
-    warmup = (job.dsd.schedule or job.optimizer.schedule).warmup_steps
+    warmup = phase_schedule(job, "sparse").warmup_steps
     shortest, number = min(steps.items(), key=lambda item: item[1], default=("", warmup + 1))
     if warmup < number:
         return []

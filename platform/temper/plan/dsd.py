@@ -10,12 +10,12 @@ import difflib
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from temper.config.schema import DSDConfig, JobConfig, RoundConfig
 from temper.errors import Problem
 from temper.plan.facts import DataFacts
-from temper.plan.phases import PhasePlan, Pruning, fingerprint, phase_steps
+from temper.plan.phases import PhaseKind, PhasePlan, Pruning, fingerprint, phase_schedule, phase_steps
 from temper.plan.probe import PrunableWeight
 
 Weights = Sequence[PrunableWeight]
@@ -52,7 +52,7 @@ def _phase_after(
     before: PhasePlan,
     job: JobConfig,
     name: str,
-    kind: Literal["sparse", "redense"],
+    kind: PhaseKind,
     steps: int,
     lr_factor: float,
     pruning: Pruning | None,
@@ -63,7 +63,7 @@ def _phase_after(
         "kind": kind,
         "steps": steps,
         "lr": lr,
-        "schedule": (job.dsd.schedule or job.optimizer.schedule).model_dump(mode="json"),
+        "schedule": phase_schedule(job, kind).model_dump(mode="json"),
         "optimizer_state": job.dsd.optimizer_state,
         "pruning": _pruning_recipe(pruning),
     }
@@ -94,8 +94,8 @@ def _pruning_recipe(pruning: Pruning | None) -> dict[str, Any]:
 def resolve_layers(dsd: DSDConfig, round_: RoundConfig, prunable: Weights) -> dict[str, float]:
     """The share that the round prunes of each layer, by the name of its weight; layers that stay dense are left out."""
     shares = {weight.name: _share(round_, weight) for weight in candidates(dsd, prunable)}
-    sizes = {weight.name: weight for weight in prunable}
-    return {name: share for name, share in shares.items() if count_pruned(sizes[name], share, round_.structure)}
+    weights = {weight.name: weight for weight in prunable}
+    return {name: share for name, share in shares.items() if count_pruned(weights[name], share, round_.structure)}
 
 
 def candidates(dsd: DSDConfig, prunable: Weights) -> list[PrunableWeight]:
@@ -204,7 +204,10 @@ def _check_groups(key: str, dsd: DSDConfig, round_: RoundConfig, prunable: Weigh
     if resolve_layers(dsd, round_, prunable):
         return []
     group = groups_of(round_.structure)[1]
-    sizes = [f"{weight.name} {weight.shape[1]}" for weight in candidates(dsd, prunable)]
+    sizes = [f"{weight.name} {weight.shape[1]}" for weight in candidates(dsd, prunable) if weight.kind != "transposed"]
+    if not sizes:
+        rule = f"fits no layer: {_shown(candidates(dsd, prunable))} have their inputs first"
+        return [Problem(key, round_.structure, rule, "use structure: weights")]
     rule = f"fits no layer: {group} does not divide the inputs of any ({_shortened(sizes)})"
     return [Problem(key, round_.structure, rule, "use another M or structure: weights")]
 
@@ -272,8 +275,29 @@ def pruning_notes(job: JobConfig, prunable: Weights) -> list[str]:
         note
         for index, round_ in enumerate(job.dsd.rounds if job.dsd else ())
         if job.dsd is not None
-        for note in _round_notes(f"sparse-{index + 1}", job.dsd, round_, prunable)
+        for note in (
+            *_round_notes(f"sparse-{index + 1}", job.dsd, round_, prunable),
+            *_regrowth_notes(index, job.dsd, prunable),
+        )
     ]
+
+
+def _regrowth_notes(index: int, dsd: DSDConfig, prunable: Weights) -> list[str]:
+    """Where a round follows a sparse phase directly, layers of which it prunes less than that did."""
+    if index == 0 or dsd.rounds[index - 1].redense_steps != 0:
+        return []
+    before, now = (_num_pruned(dsd, round_, prunable) for round_ in dsd.rounds[index - 1 : index + 1])
+    fewer = [weight for weight in prunable if now[weight] < before[weight]]
+    note = (
+        f"sparse-{index + 1} follows sparse-{index} directly and prunes less of {_shown(fewer)}: which zeros are "
+        "trained again, their order alone decides"
+    )
+    return [note] if fewer else []
+
+
+def _num_pruned(dsd: DSDConfig, round_: RoundConfig, prunable: Weights) -> dict[PrunableWeight, int]:
+    layers = resolve_layers(dsd, round_, prunable)
+    return {weight: count_pruned(weight, layers.get(weight.name, 0.0), round_.structure) for weight in prunable}
 
 
 def _round_notes(phase: str, dsd: DSDConfig, round_: RoundConfig, prunable: Weights) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from temper.config.schema import JobConfig, PrecisionConfig
+from temper.config.schema import JobConfig, PrecisionConfig, ScheduleConfig
 from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.schedules import Schedule, build_schedule
@@ -24,6 +24,9 @@ _LOSS_SCALING = ("loss_scale", "initial_scale", "scale_window", "hysteresis", "m
 _SWITCHES = ("master_weights", "fp32_accumulation", "at_min_scale")
 _SERVER = ("shards", "n_fetch", "n_push", "max_staleness", "warm_start_steps")
 _LIBRARIES = ("torch", "torchvision", "deepspeed")
+
+
+PhaseKind = Literal["dense", "sparse", "redense"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PhasePlan:
     """
 
     name: str
-    kind: Literal["dense", "sparse", "redense"]
+    kind: PhaseKind
     first_step: int
     steps: int
     lr: float
@@ -61,10 +64,15 @@ class PhasePlan:
         return self.first_step + self.steps
 
 
+def phase_schedule(job: JobConfig, kind: PhaseKind) -> ScheduleConfig:
+    """The schedule of the learning rate in phases of this kind; each begins it anew."""
+    own = job.dsd.schedule if job.dsd is not None and kind != "dense" else None
+    return own or job.optimizer.schedule
+
+
 def learning_rate(job: JobConfig, phase: PhasePlan) -> Schedule:
     """The learning rate of the phase's optimizer step `step`, which is counted from 0 in each phase."""
-    own = job.dsd.schedule if job.dsd is not None and phase.kind != "dense" else None
-    factor = build_schedule(own or job.optimizer.schedule, phase.steps)
+    factor = build_schedule(phase_schedule(job, phase.kind), phase.steps)
     return lambda step: phase.lr * factor(step)
 
 

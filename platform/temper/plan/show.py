@@ -9,7 +9,7 @@ from temper.config.schema import JobConfig, PrecisionConfig
 from temper.plan.build import Plan
 from temper.plan.dsd import count_pruned
 from temper.plan.memory import MemoryPlan
-from temper.plan.phases import PhasePlan, Pruning, learning_rate
+from temper.plan.phases import PhasePlan, Pruning, learning_rate, phase_schedule
 from temper.plan.probe import PrunableWeight
 from temper.plan.stages import StagePlan, bubble, imbalance
 
@@ -200,8 +200,7 @@ def _regrown(before: PhasePlan | None) -> str:
 
 def _phase_lr(job: JobConfig, phase: PhasePlan) -> str:
     """e.g. `lr 0.1 → 0.001 (cosine)`, from the end of the warm-up to the end of the phase."""
-    config = job.dsd.schedule if job.dsd is not None and job.dsd.schedule and phase.kind != "dense" else None
-    config = config or job.optimizer.schedule
+    config = phase_schedule(job, phase.kind)
     lr = learning_rate(job, phase)
     highest, last = lr(config.warmup_steps), lr(phase.steps)
     warmup = f" after {_count(config.warmup_steps, 'step')} of warm-up" if config.warmup_steps else ""

@@ -113,12 +113,10 @@ def build_page(folder: Path) -> str:
 
 def log_plots(uri: str, run_id: str, plan: Plan) -> bool:
     """Puts the figures and the summaries of the weights into an MLflow run: `plots/<figure>.svg` and
-    `weights/<phase>.json`. Does nothing for a job of one phase.
+    `weights/<phase>.json`.
 
     Never raises: no result depends on them. False, with a line in the log, where they are not in the run.
     """
-    if len(plan.phases) == 1:
-        return True
     try:
         phases = [_read_phase(asdict(phase), plan.phase_folder(phase)) for phase in plan.phases]
         texts = {f"plots/{name}.svg": svg for name, svg in draw_figures(phases).items()}

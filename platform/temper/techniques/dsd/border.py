@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from temper.parallel.cut import Cut
 from temper.plan.phases import PhasePlan, Pruning
 from temper.techniques.dsd.masks import select_mask
 
-Share = Callable[[dict[str, "PackedMask"]], list[dict[str, "PackedMask"]]]
-"""What every rank has, from what this rank has."""
+Part = TypeVar("Part")
+Share = Callable[[dict[str, Part]], list[dict[str, Part]]]
+"""What every rank has, by layer, from what this rank has. Collective."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def select_masks(
     *,
     rank: int = 0,
     size: int = 1,
-    share: Share = lambda own: [own],
+    share: Share[PackedMask] = lambda own: [own],
 ) -> dict[str, PackedMask]:
     """The masks of all pruned layers. Each of `size` ranks computes some of them, and `share` brings them together."""
     names = list(pruning.layers)[rank::size]
@@ -54,12 +55,19 @@ def select_masks(
     return {name: mask for part in share(own) for name, mask in part.items()}
 
 
-def begin_phase(folder: Path, phase: PhasePlan, **ranks: Any) -> PhaseStart:
-    """The last checkpoint of the phase before, `folder`, as `phase` begins with it; `ranks`: see :func:`select_masks`.
-
-    Collective where `ranks` share.
-    """
-    masks = {} if phase.pruning is None else select_masks(CheckpointReader(folder), phase.pruning, **ranks)
+def begin_phase(
+    folder: Path,
+    phase: PhasePlan,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    share: Share[PackedMask] = lambda own: [own],
+) -> PhaseStart:
+    """The last checkpoint of the phase before, `folder`, as `phase` begins with it. Its masks come about as in
+    :func:`select_masks`."""
+    masks: dict[str, PackedMask] = {}
+    if phase.pruning is not None:
+        masks = select_masks(CheckpointReader(folder), phase.pruning, rank=rank, size=size, share=share)
     return PhaseStart(folder, masks, fresh=phase.fresh)
 
 

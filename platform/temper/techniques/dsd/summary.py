@@ -5,7 +5,7 @@ distributed before and after, what was pruned, and what came back of it. Han et 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from temper.checkpoint import MASK, MASTER, CheckpointReader
 from temper.files import read_json, write_json
 from temper.plan.phases import PhasePlan, Pruning
 from temper.run_folder import WEIGHTS
+from temper.techniques.dsd.border import Share
 
 BINS = 256
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -25,8 +26,6 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 Counts = npt.NDArray[np.int64]
 Layers = dict[str, dict[str, Any]]
-Share = Callable[[Layers], list[Layers]]
-"""What every rank has, from what this rank has."""
 
 
 def summarize(
@@ -37,7 +36,7 @@ def summarize(
     *,
     rank: int = 0,
     size: int = 1,
-    share: Share = lambda own: [own],
+    share: Share[dict[str, Any]] = lambda own: [own],
 ) -> dict[str, Any]:
     """What came of the weights `layers` in `phase`, JSON-able; each of `size` ranks reads some, `share` joins them.
 
