@@ -72,19 +72,24 @@ def _train_all(rank: int, items: list[tuple[int, Case]], folder: Path) -> dict[s
     return results
 
 
+def _is_slow(item: tuple[int, Case]) -> bool:
+    """Four and more ranks on two cores take long; of four, fp32 alone is quick enough."""
+    return _ranks(*item) > 4 or (_ranks(*item) == 4 and item[1].dtype != "fp32")
+
+
 class Trained:
-    """What each case gave; the first one of so many ranks trains all of them."""
+    """What each case gave; the first one of so many ranks trains all of them, slow ones apart."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._results: dict[int, dict[str, dict[str, Any]]] = {}
+        self._results: dict[tuple[int, bool], dict[str, dict[str, Any]]] = {}
 
     def __getitem__(self, item: tuple[int, Case]) -> dict[str, Any]:
-        ranks = _ranks(*item)
-        if ranks not in self._results:
-            items = [other for other in LEGAL if _ranks(*other) == ranks]
-            self._results[ranks] = run_distributed(_train_all, ranks, items, self._folder)[0]
-        return self._results[ranks][_name(item)]
+        group = ranks, slow = _ranks(*item), _is_slow(item)
+        if group not in self._results:
+            items = [other for other in LEGAL if (_ranks(*other), _is_slow(other)) == (ranks, slow)]
+            self._results[group] = run_distributed(_train_all, ranks, items, self._folder)[0]
+        return self._results[group][_name(item)]
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp("matrix"))
 
 
-# Eight ranks on two cores take long to start.
-EVERY_LEGAL = [pytest.param(item, marks=pytest.mark.slow if _ranks(*item) > 4 else ()) for item in LEGAL]
+EVERY_LEGAL = [pytest.param(item, marks=pytest.mark.slow if _is_slow(item) else ()) for item in LEGAL]
 
 
 # Errors of the end point as a share of the way to it; test_parallel_equality tells where they come from.

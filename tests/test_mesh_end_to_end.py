@@ -44,6 +44,7 @@ def temper(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
+@pytest.mark.slow
 def test_stages_and_tensor_ranks_train_a_model_that_is_whole_again_when_it_is_exported(tmp_path: Path) -> None:
     parallel = {"pipeline": 2, "tensor": 2, "zero": 1, "cpus_per_worker": 0.5}
     path = write_job(tmp_path, parallel=parallel, precision={"dtype": "bf16"})

@@ -216,6 +216,7 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, unbroken: tuple[Path, dict[
     check_same(tmp_path, result, unbroken)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed(tmp_path: Path, unbroken: tuple[Path, dict[str, Any], str]) -> None:
     path = write_job(tmp_path)
     process = start(path)
