@@ -98,8 +98,8 @@ def test_verify_names_the_layer_at_fault(tmp_path: Path) -> None:
     code, certificate, said = temper(tmp_path, "verify", str(path), "--steps", "1")
     assert code == 1, said
     assert certificate["status"] == "differs"
-    assert certificate["difference"].startswith("fp32, step 1: output of 3 differs")
-    assert "DIFFERS: fp32, step 1: output of 3" in said
+    assert certificate["difference"].startswith("fp32, dense, step 1: output of 3 differs")
+    assert "DIFFERS: fp32, dense, step 1: output of 3" in said
 
 
 def test_verify_refuses_what_has_no_equal_in_one_process(tmp_path: Path) -> None:
