@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from temper import checkpoint
+from temper.console import quieten
 from temper.data.batches import Batch, DataState, eval_batches, train_batches
 from temper.data.sources import SplitName, load_splits
 from temper.engine.base import EngineState, LossFunction
@@ -348,9 +349,7 @@ def _redirect_output(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", buffering=1)
     # Ray says every report, with all of its records, at level INFO.
-    for handler in logging.getLogger("ray.train").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
+    quieten("ray.train", logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(log.fileno(), 1)

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from temper.config.schema import DataConfig, ImageFolderData, ParquetData, WebDatasetData
+from temper.console import quieten
 from temper.data.store import MANIFEST, plan_parts, store_folder, write_part
 from temper.errors import JobError, Problem
 from temper.plan.facts import DataFacts
@@ -51,10 +52,7 @@ def _write_parts(config: FileData, facts: DataFacts, folder: Path) -> list[dict[
 
     parts = plan_parts(config, Path(facts.folder), folder.absolute())
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        # What it says is in Ray's logs; the console is the run's.
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
+    quieten("ray.data", logging.ERROR)
     work = ray.data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
     results: list[dict[str, Any]] = work.map(
         partial(_write, config=config, num_classes=facts.num_classes or 0)
