@@ -210,6 +210,14 @@ class DataSection(Section):
     augment: list[Transform] = Field(default_factory=list, description="training only, seeded per example")
     eval_transforms: list[FixedTransform] = Field(default_factory=list)
     normalize: Normalize | None = Field(None, description="default: the data set's own mean and deviation")
+    labels: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0,
+        description="share of the training examples, drawn by the seed, that have a label. The others are there for "
+        "distillation only: without it they are left out",
+    )
+    omit_classes: list[NonNegative] = Field(
+        default_factory=list, description="classes of which no example is trained on; epochs are counted with them"
+    )
     loader_processes: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="processes per rank that prepare batches ahead; 0 prepares them in the rank itself"
     )
@@ -311,6 +319,16 @@ class MSELoss(Section):
     kind: Literal["mse"]
 
 
+class CTCLoss(Section):
+    """Connectionist temporal classification (Graves et al. 2006) of logits (examples, frames, classes).
+
+    A target is one row of whole numbers: how many of the frames count, then the labels, then -1 up to the row's end.
+    """
+
+    kind: Literal["ctc"]
+    blank: NonNegative = 0
+
+
 class PythonLoss(Section):
     """`target(outputs, targets, **args)` returns a scalar, the mean over the micro-batch."""
 
@@ -319,7 +337,7 @@ class PythonLoss(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-LossConfig = Annotated[CrossEntropyLoss | MSELoss | PythonLoss, Field(discriminator="kind")]
+LossConfig = Annotated[CrossEntropyLoss | MSELoss | CTCLoss | PythonLoss, Field(discriminator="kind")]
 
 MetricName = Literal[
     "accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error", "mse", "mae"
@@ -532,6 +550,95 @@ class DSDConfig(Section):
     exclude_first_conv: bool = Field(False, description="leave the first convolution dense, too")
 
 
+# -------------------------------------------------------------------------------------------------------- distillation
+
+
+class RampConfig(Section):
+    """A value that goes from `start` to `end` over the steps of the dense phase, and stays there."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    start: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    end: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class TeacherConfig(Section):
+    """A trained network: `source`, or `model` with `weights`."""
+
+    source: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="a job's file: trained first if it has not been; an MLflow run's id, `runs:/id`, "
+        "`models:/name@alias` or `models:/name/version`; or the folder of a run, a phase, a checkpoint or an export",
+    )
+    phase: Name | None = Field(None, description="of a job or a run; default: its last")
+    model: ModelConfig | None = Field(None, description="a network whose weights are in `weights`")
+    weights: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a safetensors file, by model's names"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the teacher's arithmetic")
+    weight: PositiveFloat = Field(1.0, description="in an ensemble, whose logits are the weighted mean")
+
+
+class FeatureConfig(Section):
+    """A level of the student that learns to give what a level of the teacher gives."""
+
+    student: Annotated[str, Field(min_length=1)] = Field(description="dotted name of a module of the student")
+    teacher: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="dotted name of a module of the teacher; default: that of the student's"
+    )
+    of: NonNegative = Field(0, description="which teacher of an ensemble, from 0")
+    loss: Literal["mse", "attention_transfer", "cosine", "gram"] | None = Field(
+        None, description="default: feature_loss"
+    )
+    weight: PositiveFloat | None = Field(None, description="default: feature_weight")
+
+
+class DistillConfig(Section):
+    """Distillation (Hinton et al. 2015; FitNets, Romero et al. 2015): the loss is
+    alpha · T² · KL(teacher at T ‖ student at T) + (1 − alpha) · loss + Σ weight · feature loss."""
+
+    teacher: (
+        Annotated[str, Field(min_length=1)] | TeacherConfig | list[Annotated[str, Field(min_length=1)] | TeacherConfig]
+    ) = Field(description="the teacher, by its `source` or in full, or several as an ensemble")
+    temperature: PositiveFloat | RampConfig = 4.0
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] | RampConfig = Field(
+        0.9, description="weight of the soft targets; that of the labels is 1 − alpha"
+    )
+    loss: Literal["soft_targets", "decoupled"] = Field(
+        "soft_targets", description="decoupled: target class and other classes apart (Zhao et al. 2022)"
+    )
+    non_target_weight: PositiveFloat = Field(8.0, description="decoupled only: weight of the other classes' part (β/α)")
+    standardize: bool = Field(
+        False, description="logits of student and teacher to mean 0 and deviation 1 before T (Sun et al. 2024)"
+    )
+    features: Literal["auto"] | list[FeatureConfig] = Field(
+        default_factory=list, description="levels beside the last; auto: paired by stage and shape, as the plan shows"
+    )
+    feature_loss: Literal["mse", "attention_transfer", "cosine", "gram"] = "mse"
+    feature_weight: PositiveFloat = 1.0
+    placement: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description="a live teacher is whole on every rank, or shared out by ZeRO-3 and gathered by module",
+    )
+    cache: Literal["none", "logits", "features"] = Field(
+        "none",
+        description="what is computed once, before the training, over the training set: the teacher's raw logits, or "
+        "these and the features of the pairs",
+    )
+    views: Positive | None = Field(
+        None,
+        description="augmented views of each example: epoch e shows view e mod views; a cache needs it with augment",
+    )
+    top_k: Positive | None = Field(
+        None, description="cached logits per prediction; the rest share their mean probability"
+    )
+    signals: Literal["fp16", "fp32"] = Field(
+        "fp16", description="type of the teacher's logits and features, live or cached"
+    )
+    teacher_batch: Positive | None = Field(
+        None, description="examples in one forward pass of the teacher; default: a micro-batch, at most 128"
+    )
+
+
 class TrackingConfig(Section):
     experiment: Name = "temper"
     uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else <storage>/mlflow.db")
@@ -550,6 +657,7 @@ class JobConfig(Section):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     budget: BudgetConfig
+    distill: DistillConfig | None = None
     dsd: DSDConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

@@ -1,0 +1,1 @@
+"""Distillation: what a teacher says, and how a student learns it."""
