@@ -36,6 +36,7 @@ format: install
 	$(BIN)/ruff check --fix platform tests benchmarks docs
 	$(BIN)/ruff format platform tests benchmarks docs
 
-bench: install  ## temper beside hand-written loops, sparse steps beside dense ones, as ratios
+bench: install  ## temper beside hand-written loops, sparse and taught steps beside dense ones, as ratios
 	$(BIN)/python benchmarks/step_loop.py
 	$(BIN)/python benchmarks/dsd_step.py --repeats 9
+	$(BIN)/python benchmarks/distill_step.py --repeats 9

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from temper import checkpoint
 from temper.checkpoint import CheckpointReader
 from temper.config.schema import JobConfig
-from temper.engine.base import EngineState, StepResult
+from temper.engine.base import EngineState, LossFunction, StepResult
 from temper.engine.build import build_engine as engine_of
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.engine.deepspeed_setup import prepare
 from temper.parallel.groups import MeshGroups, build_groups
 from temper.plan.deepspeed_config import deepspeed_config
 from temper.plan.mesh import BatchPlan, MeshPlan, plan_batch
+from temper.techniques.distill.features import FeatureTaps
 
 STEPS = 20
 BATCH = 32
@@ -123,7 +124,11 @@ def reference(optimizer: str, clip: float | None, accumulation: int, steps: int 
 
 
 def build_engine(
-    case: Case, groups: MeshGroups | None = None, model: nn.Module | None = None
+    case: Case,
+    groups: MeshGroups | None = None,
+    model: nn.Module | None = None,
+    loss: LossFunction = cross_entropy,
+    taps: FeatureTaps | None = None,
 ) -> tuple[DeepSpeedEngine, BatchPlan]:
     """The case's engine over all ranks; `groups`, once made, serve for any case with the same mesh."""
     prepare("cpu")
@@ -133,19 +138,24 @@ def build_engine(
     model = build_net() if model is None else model
     groups = groups or build_groups(workers, case.pipeline, case.tensor)
     config = deepspeed_config(job, batch, mesh, sum(param.numel() for param in model.parameters()))
-    return engine_of(model, cross_entropy, job, batch, mesh, groups, config), batch
+    return engine_of(model, loss, job, batch, mesh, groups, config, taps), batch
 
 
-def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int, *, lr_factor: float = 1.0) -> StepResult:
-    """Step `number` (0-based) on this rank's rows, laid out as data.batches does."""
-    inputs, targets = build_batches()[number]
+def rank_rows(engine: DeepSpeedEngine, batch: BatchPlan) -> Tensor:
+    """The rows of a global batch that this rank takes, in its order."""
     chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
-    rows = torch.cat(
+    return torch.cat(
         [
             torch.arange(chunk * index + rank * batch.micro_batch, chunk * index + (rank + 1) * batch.micro_batch)
             for index in range(batch.accumulation)
         ]
     )
+
+
+def step(engine: DeepSpeedEngine, batch: BatchPlan, case: Case, number: int, *, lr_factor: float = 1.0) -> StepResult:
+    """Step `number` (0-based) on this rank's rows, laid out as data.batches does."""
+    inputs, targets = build_batches()[number]
+    rows = rank_rows(engine, batch)
     lr = OPTIMIZERS[case.optimizer]["lr"] * lr_factor
     return engine.step(inputs[rows], targets[rows], lr=lr, seed=number)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from temper.config.checks import check_job
+from temper.config.checks import check_job, has_random_augment
 from temper.config.load import build_job, job_to_yaml, load_job
 from temper.config.schema import JobConfig, json_schema
 from temper.config.text import MAX_BYTES, parse_yaml
@@ -20,6 +20,13 @@ BASE = {
     "optimizer": {"kind": "sgd", "lr": 0.1},
     "budget": {"steps": 100},
 }
+
+TAUGHT = "distill={teacher: teacher.yaml}"
+PAIRS = "distill.features=auto"
+FLIP = "data.augment=[{kind: resize, size: 8}, {kind: random_horizontal_flip}]"
+RESIZE = "data.augment=[{kind: resize, size: 8}]"
+ROWS = "{kind: python, global_batch: 64, target: a:b, train_examples: 64, test_examples: 8, shape: [9, 4]}"
+CTC = ["loss={kind: ctc}", f"data={ROWS}"]
 
 
 def problems_of(*overrides, raw=None):
@@ -360,6 +367,49 @@ def test_a_right_job_breaks_no_rule():
             "data.augment.1",
             "move random_erasing to the end",
         ),
+        (["data.omit_classes=[3, 1, 3]"], "data.omit_classes", "names a class twice; use [1, 3]"),
+        (
+            [*CTC, "evaluation.metrics=[accuracy]"],
+            "evaluation.metrics.0",
+            "does not fit loss.kind: ctc; use metrics: []",
+        ),
+        (["loss={kind: ctc}"], "loss.kind", "data of kind digits have one label; use data of kind python"),
+        ([TAUGHT, "loss={kind: mse}", "evaluation.metrics=[mse]"], "loss.kind", "has no classes"),
+        ([TAUGHT, *CTC, "distill.loss=decoupled"], "distill.loss", "the class of every frame"),
+        ([TAUGHT, "data.labels=0.1", "distill.loss=decoupled"], "distill.loss", "data.labels is 0.1; use loss: soft"),
+        ([TAUGHT, "data.labels=0"], "distill.alpha", "0.9 gives weight to labels, and data.labels: 0 leaves none"),
+        ([TAUGHT, "data.labels=0", "distill.alpha={start: 0, end: 1}"], "distill.alpha", "use alpha: 1"),
+        (
+            [TAUGHT, "data.labels=0.5", "loss={kind: python, target: a:b}"],
+            "loss.kind",
+            "is not told which examples have no label, and data.labels is 0.5",
+        ),
+        ([TAUGHT, "distill.non_target_weight=2"], "distill.non_target_weight", "use loss: decoupled"),
+        ([TAUGHT, "distill.temperature={start: 4, end: 4}"], "distill.temperature", "use temperature: 4"),
+        ([TAUGHT, "distill.temperature={start: 0, end: 4}"], "distill.temperature.start", "must be more than 0"),
+        ([TAUGHT, "distill.alpha={start: 0.5, end: 1.5}"], "distill.alpha.end", "1.5 must be at most 1; use 1"),
+        ([TAUGHT, "distill.alpha=0"], "distill.alpha", "teaches nothing without features"),
+        ([TAUGHT, PAIRS, "distill.alpha=0", "distill.temperature=2"], "distill.temperature", "distill.alpha is 0"),
+        ([TAUGHT, PAIRS, "distill.alpha=0", "distill.standardize=true"], "distill.standardize", "use alpha: 0.9"),
+        ([TAUGHT, "distill.feature_loss=gram"], "distill.feature_loss", "acts on features only"),
+        (
+            [TAUGHT, "distill.features=[{student: a, weight: 2}]", "distill.feature_weight=3"],
+            "distill.feature_weight",
+            "every pair has its own weight",
+        ),
+        ([TAUGHT, "distill.views=4"], "distill.views", "data.augment has none; leave it out"),
+        ([TAUGHT, "distill.views=4", RESIZE], "distill.views", "acts on random augmentation only"),
+        ([TAUGHT, "distill.top_k=5"], "distill.top_k", "leave it out or use cache: logits"),
+        ([TAUGHT, "distill.cache=logits", FLIP], "distill.cache", "set views: 4 or use cache: none"),
+        ([TAUGHT, "distill.cache=features"], "distill.cache", "has no features to hold; use cache: logits"),
+        ([TAUGHT, PAIRS, "distill.cache=logits"], "distill.cache", "lacks the features that are taught"),
+        (
+            [TAUGHT, "distill={cache: logits, placement: sharded, teacher: a}"],
+            "distill.placement",
+            "acts on a live teacher only, and distill.cache is logits",
+        ),
+        ([TAUGHT, "distill.teacher_batch=33", "parallel.workers=2"], "distill.teacher_batch", "use at most 32"),
+        ([TAUGHT, "parallel.mode=parameter_server"], "distill", "workers of a parameter server do neither"),
     ],
 )
 def test_a_broken_rule_names_the_nearest_legal_setting(overrides, key, said):
@@ -374,6 +424,18 @@ def test_a_broken_rule_names_the_nearest_legal_setting(overrides, key, said):
         ["data.augment=[{kind: resize, size: 10}, {kind: random_crop, size: 8}]"],
         ["loss={kind: mse}", "evaluation.metrics=[mae]"],
         ["loss={kind: python, target: a:b}", "evaluation.metrics=[mse, accuracy]"],
+        [*CTC, "evaluation.metrics=[]"],
+        ["data.labels=0.1", "data.omit_classes=[3]"],
+        [TAUGHT, "data.labels=0", "distill.alpha=1", "loss={kind: cross_entropy, label_smoothing: 0.1}"],
+        [TAUGHT, "data.labels=0.03"],
+        [TAUGHT, "distill={teacher: [a, b], temperature: {start: 10, end: 2}, alpha: {start: 0, end: 1}}"],
+        [TAUGHT, "distill={teacher: a, loss: decoupled, non_target_weight: 2, standardize: true}"],
+        [TAUGHT, PAIRS, "distill.alpha=0", "distill.cache=features", "distill.feature_loss=gram"],
+        [TAUGHT, "distill.features=[{student: a, weight: 2}, {student: b}]", "distill.feature_weight=3"],
+        [TAUGHT, FLIP],
+        [TAUGHT, FLIP, "distill={teacher: a, cache: logits, views: 4, top_k: 3, teacher_batch: 256}"],
+        [TAUGHT, RESIZE, "distill.cache=logits"],
+        [TAUGHT, "distill.placement=sharded", "distill.teacher_batch=64"],
     ],
 )
 def test_what_only_looks_odd_is_allowed(overrides):
@@ -400,3 +462,8 @@ def test_the_schema_file_for_editors_is_fresh():
 def test_a_shipped_job_is_right_and_known_to_editors(file):
     assert check_job(load_job(file)) == []
     assert file.read_text().startswith("# yaml-language-server: $schema=job.schema.json\n")
+
+
+def test_what_makes_an_example_look_different_each_time():
+    for augment, random in ((FLIP, True), (RESIZE, False), ("data.augment=[]", False)):
+        assert has_random_augment(build_job(BASE, [augment]).data) is random

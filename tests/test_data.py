@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,27 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from temper.config.schema import DataConfig
+from temper.config.schema import CTCLoss, DataConfig, DistillConfig, JobConfig
 from temper.data import download
-from temper.data.batches import Batch, DataState, data_state, eval_batches, rank_offsets, train_batches
+from temper.data.augment import build_transforms
+from temper.data.batches import (
+    Batch,
+    DataState,
+    data_state,
+    eval_batches,
+    rank_offsets,
+    stream,
+    train_batches,
+    view_batch,
+)
 from temper.data.download import check_files, read_file
 from temper.data.formats import in_canonical_order, read_cifar10_archive, read_idx, read_idx_pair
-from temper.data.sources import Split, load_split, load_splits
+from temper.data.sources import Labelling, Split, labelling_of, load_split, load_splits
 from temper.data.store import store_folder
 from temper.errors import JobError, RunError
 from temper.launch.ingest import ingest
 from temper.plan.built_in import BUILT_INS, RemoteFile
-from temper.plan.facts import DataFacts, data_facts
+from temper.plan.facts import NO_LABEL, DataFacts, data_facts
 from temper.plan.mesh import BatchPlan
 
 HERE = Path(__file__).parent
@@ -45,9 +56,11 @@ def synthetic(**section: Any) -> DataConfig:
     return data(**{"kind": "synthetic", **sizes, **section})
 
 
-def loaded(config: DataConfig, storage: Path = HERE) -> tuple[DataFacts, dict[Any, Split]]:
-    facts = data_facts(config, HERE)
-    return facts, load_splits(config, storage, facts)
+def loaded(
+    config: DataConfig, storage: Path = HERE, labelling: Labelling | None = None
+) -> tuple[DataFacts, dict[Any, Split]]:
+    facts = data_facts(config, HERE, taught=labelling is not None and labelling.taught)
+    return facts, load_splits(config, storage, facts, labelling)
 
 
 def problems(config: DataConfig, folder: Path = HERE) -> list[tuple[str, str]]:
@@ -320,6 +333,93 @@ def _fingerprints(split: Split) -> list[float]:
     return [float(image.sum()) for image in inputs]
 
 
+# ------------------------------------------------------------------------------- labels and classes that are taken away
+
+
+def rows_and_targets(split: Split) -> tuple[list[float], list[Any]]:
+    inputs, targets = split.examples(torch.arange(len(split)))
+    assert torch.equal(split.targets_of(torch.arange(len(split))), targets)
+    return [float(image.sum()) for image in inputs], targets.tolist()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 19), (0.03, 1), (1 / 3, 13), (0.99, 38), (0.98, 37)])
+def test_a_share_of_the_labels_is_kept(share: float, count: int) -> None:
+    whole, labels = rows_and_targets(loaded(synthetic(holdout=12))[1]["train"])
+    config = synthetic(holdout=12, labels=share)
+    facts, splits = loaded(config, labelling=Labelling(7, taught=True))
+    rows, targets = rows_and_targets(splits["train"])
+    assert rows == whole
+    kept = [row for row, target in enumerate(targets) if target != NO_LABEL]
+    assert [targets[row] for row in kept] == [labels[row] for row in kept]
+    assert len(kept) == count
+    assert (facts.train_examples, facts.left_out_examples) == (38, 0)
+
+    facts, splits = loaded(config, labelling=Labelling(7, taught=False))
+    assert rows_and_targets(splits["train"]) == ([whole[row] for row in kept], [labels[row] for row in kept])
+    assert (facts.train_examples, facts.left_out_examples) == (count, 38 - count)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [count, 12, 10]
+    assert facts.validation_examples == 12
+    alone = load_split(config, "train", HERE, facts, Labelling(7, taught=False))
+    assert rows_and_targets(alone) == rows_and_targets(splits["train"])
+
+
+def test_which_labels_are_kept_is_the_seed_s_and_of_no_class() -> None:
+    def kept(seed: int) -> set[int]:
+        config = synthetic(train_examples=300, labels=0.3)
+        split = loaded(config, labelling=Labelling(seed, taught=True))[1]["train"]
+        return set(torch.nonzero(split.targets_of(torch.arange(300)) != NO_LABEL)[:, 0].tolist())
+
+    assert kept(1) == kept(1) != kept(2)
+    assert 15 < len(kept(1) & kept(2)) < 45, "27 expected where the draws are independent"
+    assert min(np.bincount([row % 3 for row in kept(1)])) > 20
+    assert kept(1) != set(range(90))
+
+
+def test_no_labels_at_all_are_for_teachers_only() -> None:
+    _, splits = loaded(synthetic(labels=0.0), labelling=Labelling(0, taught=True))
+    assert rows_and_targets(splits["train"])[1] == [NO_LABEL] * 50
+    assert NO_LABEL not in rows_and_targets(splits["test"])[1]
+    assert problems(synthetic(labels=0.0))[0][1].startswith("data.labels: 0.0 leaves nothing to train on")
+    assert problems(synthetic(labels=0.009)) == [
+        ("data.labels", "data.labels: 0.009 is less than half of one of the 50 training examples; use at least 0.02")
+    ]
+    with pytest.raises(ValueError, match=r"which examples are the 0\.5"):
+        loaded(synthetic(labels=0.5))
+
+
+def test_the_job_says_how_its_data_are_labelled() -> None:
+    base = {"name": "job", "model": {"kind": "cnn"}, "data": {"kind": "digits", "global_batch": 8}, "seed": 3}
+    job = JobConfig.model_validate({**base, "optimizer": {"kind": "sgd", "lr": 0.1}, "budget": {"steps": 1}})
+    assert labelling_of(job) == Labelling(3, taught=False)
+    distill = DistillConfig(teacher="a.yaml")
+    ctc = CTCLoss(kind="ctc")
+    assert labelling_of(job.model_copy(update={"distill": distill})) == Labelling(3, taught=True)
+    assert labelling_of(job.model_copy(update={"loss": ctc})) == Labelling(3, taught=False, header=1)
+
+
+def test_omitted_classes_are_left_out_of_the_training_split_alone() -> None:
+    config = synthetic(holdout=12, omit_classes=[2, 0])
+    facts, splits = loaded(config)
+    whole, labels = rows_and_targets(loaded(synthetic(holdout=12))[1]["train"])
+    ones = [row for row, label in enumerate(labels) if label == 1]
+    assert rows_and_targets(splits["train"]) == ([whole[row] for row in ones], [1] * len(ones))
+    assert facts.train_examples == 38, "the plan counts all of them"
+    assert set(rows_and_targets(splits["validation"])[1]) == set(rows_and_targets(splits["test"])[1]) == {0, 1, 2}
+    batches, states = run_ranks(config, 2, 1, last_step=4)
+    assert {int(target) for batch in batches for target in batch.targets} == {1}
+    assert states[-1] == data_state(4, len(ones), 12)
+    with pytest.raises(RunError, match=r"every one of the 50 training examples is of one of \[0, 1, 2\]"):
+        loaded(synthetic(omit_classes=[0, 1, 2]))
+
+
+def test_labels_are_a_share_of_what_omission_leaves() -> None:
+    config = synthetic(labels=0.5, omit_classes=[0])
+    _, splits = loaded(config, labelling=Labelling(0, taught=True))
+    _, targets = rows_and_targets(splits["train"])
+    assert (len(targets), targets.count(NO_LABEL)) == (33, 17)
+    assert set(targets) == {1, 2, NO_LABEL}
+
+
 # ------------------------------------------------------------------------------------------------ a user's own function
 
 PYTHON_SOURCE = """
@@ -336,6 +436,13 @@ class Rows:
 
 def rows(split, kind="float64"):
     return Rows({"train": 6, "test": 2}[split], kind)
+
+class Sequences(Rows):
+    def __getitem__(self, row):
+        return np.full(3, row, np.float32), np.array([3, row + 1, row + 2, -1])
+
+def sequences(split):
+    return Sequences({"train": 6, "test": 2}[split], None)
 
 def broken(split):
     raise RuntimeError("no such table")
@@ -369,6 +476,25 @@ def test_python_data(user_module: str, kind: str, dtype: torch.dtype) -> None:
     assert batch.targets.tolist() == [0.0, 1.0]
 
 
+def test_rows_of_labels_lose_them_and_keep_their_header(user_module: str) -> None:
+    config = python(f"{user_module}:sequences", labels=0.5)
+    _, splits = loaded(config, labelling=Labelling(0, taught=True, header=1))
+    rows = torch.tensor([4, 0, 1, 2, 3, 5])
+    _, targets = splits["train"].examples(rows)
+    hidden = [index for index, target in enumerate(targets.tolist()) if target[1:] == [NO_LABEL] * 3]
+    kept = [index for index in range(6) if index not in hidden]
+    assert (len(hidden), len(kept)) == (3, 3)
+    assert targets[:, 0].tolist() == [3] * 6
+    assert [targets[index].tolist() for index in kept] == [[3, int(rows[i]) + 1, int(rows[i]) + 2, -1] for i in kept]
+    with pytest.raises(RunError, match=r"a target has the shape \[4\], and is no class"):
+        loaded(python(f"{user_module}:sequences", omit_classes=[1]))
+
+
+def test_omission_asks_a_function_for_its_targets(user_module: str) -> None:
+    _, splits = loaded(python(f"{user_module}:rows", omit_classes=[1, 4]))
+    assert splits["train"].targets_of(torch.arange(4)).tolist() == [0.0, 2.0, 3.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("change", "key", "said"),
     [
@@ -397,7 +523,13 @@ def plan_of(global_batch: int, world_size: int, accumulation: int) -> BatchPlan:
 
 
 def run_ranks(
-    config: DataConfig, world_size: int, accumulation: int, first_step: int = 0, last_step: int = 9, seed: int = 5
+    config: DataConfig,
+    world_size: int,
+    accumulation: int,
+    first_step: int = 0,
+    last_step: int = 9,
+    seed: int = 5,
+    views: int | None = None,
 ) -> tuple[list[Batch], list[DataState]]:
     """The global batches put together from what all ranks get, and rank 0's states."""
     facts, splits = loaded(config)
@@ -414,6 +546,7 @@ def run_ranks(
                 world_size=world_size,
                 first_step=first_step,
                 last_step=last_step,
+                views=views,
             )
         )
         for rank in range(world_size)
@@ -427,13 +560,14 @@ def _together(parts: list[Batch], plan: BatchPlan) -> Batch:
         chunks = [getattr(part, name).split(plan.micro_batch) for part in parts]
         return torch.cat([chunk[number] for number in range(plan.accumulation) for chunk in chunks])
 
-    return Batch(join("inputs"), join("targets"), join("indices"))
+    return Batch(join("inputs"), join("targets"), join("indices"), join("views"))
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
-        torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and torch.equal(a.indices, b.indices)
+        torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(left, right, strict=True)
+        for name in ("inputs", "targets", "indices", "views")
     )
 
 
@@ -519,6 +653,34 @@ def test_augmentation_differs_by_epoch_and_seed_and_leaves_the_random_state() ->
     assert torch.equal(before, torch.random.get_rng_state())
     images = [batch.inputs[batch.indices.argsort()] for batch in (first, second, other)]
     assert all(not torch.equal(a, b) for a, b in ((images[0], images[1]), (images[0], images[2])))
+
+
+def test_views_come_again_and_are_those_of_the_first_epochs() -> None:
+    config = synthetic(train_examples=18, augment=AUGMENT[:2])  # two batches of 12 are 1 1/3 epochs
+    plain, _ = run_ranks(config, 1, 1, last_step=9)
+    counted, _ = run_ranks(config, 2, 3, last_step=9, views=2)
+    epochs = torch.arange(9 * 12).div(18, rounding_mode="floor")
+    assert torch.equal(torch.cat([batch.views for batch in counted]), epochs % 2)
+    assert not torch.cat([batch.views for batch in plain]).any()
+    assert same([replace(batch, views=epochs[:12] * 0) for batch in counted[:3]], plain[:3]), "epochs 0 and 1"
+    by_view: dict[tuple[int, int], torch.Tensor] = {}
+    for batch in counted:
+        for image, row, view in zip(batch.inputs, batch.indices.tolist(), batch.views.tolist(), strict=True):
+            assert torch.equal(by_view.setdefault((row, view), image), image)
+    assert len(by_view) == 18 * 2
+    assert not any(torch.equal(by_view[row, 0], by_view[row, 1]) for row in range(18))
+    assert not same(counted, plain)
+
+
+def test_a_view_can_be_made_alone() -> None:
+    config = synthetic(train_examples=18, augment=AUGMENT[:2])
+    facts, splits = loaded(config)
+    counted, _ = run_ranks(config, 1, 1, last_step=4, views=3)
+    rows, epochs = stream(5, 18, np.arange(48))
+    order = np.argsort(rows, kind="stable")
+    made = view_batch(splits["train"], facts, build_transforms(config.augment), 5, rows[order], epochs[order] % 3)
+    assert torch.equal(made.inputs, torch.cat([batch.inputs for batch in counted])[order])
+    assert made.views.tolist() == (epochs[order] % 3).tolist()
 
 
 def test_crop_and_flip_give_windows_of_the_padded_image() -> None:
@@ -685,7 +847,8 @@ def test_files_go_through_the_store_and_come_back(embedded_ray: Any, tmp_path: P
         write(tmp_path / kind)
         config = file_data(kind, tmp_path / kind)
         facts = data_facts(config, HERE)
-        ingest(config, facts, tmp_path / "storage")
+        few = config.model_copy(update={"labels": 0.5})
+        ingest(few, data_facts(few, HERE), tmp_path / "storage")  # stores all of them
         manifest = store_folder(tmp_path / "storage", facts) / "manifest.json"
         written = manifest.stat().st_mtime_ns
         ingest(config, facts, tmp_path / "storage")

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from temper.config.load import load_job
+from temper.config.load import job_to_yaml, load_job
 from temper.config.schema import JobConfig
 from temper.data.download import check_files
-from temper.plan.build import build_plan
+from temper.launch.teachers import plan_job
+from temper.plan.facts import data_facts
 from temper.plan.mesh import ClusterShape, local_cluster
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "jobs"
 JOBS = sorted(FOLDER.rglob("*.yaml"))
 STEPS = 3
+CACHED_EXAMPLES = 500
 
 FIRST = {path.parent: path for path in reversed(JOBS)}
 
@@ -56,8 +58,8 @@ def needs_data(job: JobConfig) -> None:
 
 
 def cluster_for(job: JobConfig) -> ClusterShape:
-    """A cluster on which the job has room."""
-    workers = job.parallel.workers * job.parallel.pipeline
+    """A cluster on which the job has room, and its teacher."""
+    workers = max(job.parallel.workers * job.parallel.pipeline, 2 if job.distill is not None else 1)
     return ClusterShape(
         nodes=1,
         cpus=workers * job.parallel.cpus_per_worker,
@@ -73,6 +75,35 @@ def short_phases(job: JobConfig) -> list[str]:
         for kind in (["sparse"] if round_.redense_steps == 0 else ["sparse", "redense"])
         for override in (f"dsd.rounds.{index}.{kind}_steps={STEPS}", f"dsd.rounds.{index}.{kind}_epochs=null")
     ]
+
+
+def short_training(job: JobConfig) -> list[str]:
+    """Overrides that leave so few steps of the dense phase, on as many cores as there are."""
+    return [
+        f"budget.steps={STEPS}",
+        "budget.epochs=null",
+        "budget.evaluate_every=0",
+        "budget.checkpoint_every=0",
+        "optimizer.schedule.warmup_steps=0",
+        "parallel.warm_start_steps=0",
+        f"parallel.cpus_per_worker={min(0.5, (os.cpu_count() or 1) / job.parallel.workers)}",
+    ]
+
+
+def short_teaching(path: Path, job: JobConfig, folder: Path) -> list[str]:
+    """Overrides that name a teacher as short as its student in place of the job's, and hold out all but a few of the
+    examples that it is asked about."""
+    if job.distill is None:
+        return []
+    assert isinstance(job.distill.teacher, str), "the shipped jobs name a job"
+    source = path.parent / job.distill.teacher
+    file = folder / source.name
+    file.write_text(job_to_yaml(load_job(source, short_training(load_job(source)))))
+    overrides = [f"distill.teacher={file}"]
+    if job.distill.cache != "none":
+        training = job.data.holdout + data_facts(job.data, FOLDER, taught=True).train_examples
+        overrides.append(f"data.holdout={training - CACHED_EXAMPLES}")
+    return overrides
 
 
 @every_job
@@ -92,7 +123,7 @@ def test_it_is_called_as_its_file(path: Path) -> None:
 def test_it_plans(path: Path, tmp_path: Path) -> None:
     job = load_job(path, [f"storage={tmp_path}"])
     needs_data(job)
-    plan = build_plan(job, cluster_for(job), FOLDER)
+    plan = plan_job(job, cluster_for(job), path.parent)
     assert plan.steps > 0
     assert plan.model.num_parameters > 0
     assert plan.mesh.world_size == job.parallel.workers * job.parallel.pipeline
@@ -108,14 +139,9 @@ def test_it_trains(path: Path, tmp_path: Path) -> None:
     if job.parallel.device == "cuda" and not local_cluster().gpus:
         pytest.skip("needs a GPU")
     overrides = [
-        f"budget.steps={STEPS}",
-        "budget.epochs=null",
-        "budget.evaluate_every=0",
-        "budget.checkpoint_every=0",
-        "optimizer.schedule.warmup_steps=0",
-        "parallel.warm_start_steps=0",
-        f"parallel.cpus_per_worker={min(0.5, (os.cpu_count() or 1) / job.parallel.workers)}",
+        *short_training(job),
         *short_phases(job),
+        *short_teaching(path, job, tmp_path),
         f"storage={tmp_path / 'runs'}",
     ]
     command = [sys.executable, "-m", "temper", "train", str(path.relative_to(ROOT)), *overrides, "--json"]

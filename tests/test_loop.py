@@ -54,7 +54,7 @@ def batches(first: int, last: int) -> Iterator[tuple[Batch, DataState]]:
     """Batch n (0-based) holds n and 10 n."""
     for step in range(first, last):
         number = torch.tensor(step)
-        yield Batch(number, number * 10, number), DataState(step + 1, 0, step)
+        yield Batch(number, number * 10, number, number), DataState(step + 1, 0, step)
 
 
 @dataclass

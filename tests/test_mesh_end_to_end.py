@@ -12,9 +12,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from temper import plan as plan_job
 from temper.data.sources import load_splits
 from temper.models.build import build_model
-from temper.plan import plan_job
 
 pytestmark = pytest.mark.ray
 

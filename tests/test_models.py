@@ -19,7 +19,7 @@ from temper.config.schema import ModelConfig
 from temper.errors import JobError
 from temper.models.build import build_model
 from temper.models.gpt import CausalSelfAttention, Embedding, build_gpt
-from temper.models.probe import answer
+from temper.models.probe import answer, module_outputs
 from temper.models.sequence import layer_sequence
 from temper.outputs import aux_logits_of, logits_of
 from temper.plan.facts import DataFacts
@@ -451,6 +451,72 @@ def test_the_probe_without_layers() -> None:
     facts = ask({"kind": "torchvision", "name": "googlenet"}, (3, 32, 32))["facts"]
     assert facts["layers"] == ()
     assert facts["num_parameters"] > 0
+
+
+class Odd(nn.Module):
+    """Modules that give what is no level, are called twice, never, or in another order than they are listed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.unused = nn.Linear(4, 4)
+        self.relu = nn.ReLU()
+        self.lstm = nn.LSTM(4, 4)
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+        self.turned, self.summed, self.tokens = Turned(), Summed(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        self.tokens(x.argmax(1))
+        x = x + self.summed(x) + self.turned(x).T + self.lstm(x.unsqueeze(0))[0].squeeze(0)
+        return self.head(self.relu(x))
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.T
+
+
+class Summed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_probe_tells_what_modules_give(device: str) -> None:
+    with torch.device(device):
+        network = Odd()
+    outputs = module_outputs(network, (4,), device)
+    assert [(output.name, output.shape, output.calls) for output in outputs] == [
+        ("first.0", (4,), 1),
+        ("first.1.0", (4,), 1),
+        ("first.1.1", (4,), 1),
+        ("first.1", (4,), 1),
+        ("first", (4,), 1),
+        ("tokens", None, 1),  # integers
+        ("summed", None, 1),  # one for all examples
+        ("turned", None, 1),  # the batch comes last
+        ("lstm", None, 1),  # several tensors
+        ("relu", (4,), 2),
+        ("head", (3,), 1),
+    ]
+    assert {output.name: output.last for output in outputs if output.last} == dict.fromkeys(
+        ("first", "first.1"), "first.1.1"
+    )
+    assert [output.tap for output in outputs[3:6]] == ["first.1.1", "first.1.1", "tokens"]
+    assert outputs[-1].kind == "Linear"
+    assert not any(module._forward_hooks for module in network.modules())
+    assert not nn.modules.module._global_forward_hooks
+
+
+def test_the_probe_watches_a_sequence_without_joining_it() -> None:
+    facts = ask({"kind": "resnet", "depth": 8}, (3, 8, 8))["facts"]
+    shapes = {output["name"]: output["shape"] for output in facts["outputs"]}
+    assert shapes["layer2_0.bn1"] == shapes["layer2_0"] == (32, 4, 4)
+    assert "" not in shapes
+    assert [layer["name"] for layer in facts["layers"]][3:6] == ["layer1_0", "layer2_0", "layer3_0"]
+    split = ask({"kind": "resnet", "depth": 8}, (3, 8, 8), tensor={"size": 2, "split": [["fc", "output_activations"]]})
+    assert split["facts"]["outputs"] == facts["outputs"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -21,7 +21,7 @@ from temper.errors import RunError
 from temper.files import write_json
 from temper.launch import phase_store, train
 from temper.launch.phase_store import claim_phases, complete_history, computing_run, forget_phases
-from temper.locks import claimed
+from temper.locks import HeldError, claimed
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.run_folder import PHASE_MANIFEST, PLAN, RUN, STAGES, WorkerSpec
@@ -124,7 +124,7 @@ def test_a_phase_that_is_completed_before_it_can_be_claimed_is_used(
     def late(path: Path, what: str) -> Any:
         complete(plan, "dense")
         if goes_on and what.startswith("dense"):
-            raise RunError(f"{what} is being run")
+            raise HeldError(f"{what} is being run")
         return claimed(path, what)
 
     monkeypatch.setattr(phase_store, "claimed", late)

@@ -258,6 +258,43 @@ def test_batches_run_on_across_epochs(epochs, batch, steps):
     assert plan_steps(job, data_facts(job.data, Path.cwd())) == steps
 
 
+ROWS = "data={kind: python, global_batch: 8, target: json:loads, train_examples: 64, test_examples: 8, shape: [9, 4]}"
+CTC = [ROWS, "evaluation.metrics=[]", "model={kind: python, target: json:loads}"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss", "key", "said"),
+    [
+        ((9, 4), "{kind: ctc, blank: 4}", "loss.blank", "4 is none of the model's 4 classes; use 0 to 3"),
+        (
+            (4,),
+            "{kind: ctc}",
+            "model",
+            "outputs of the shape [4] per example, and loss.kind: ctc needs (frames, classes)",
+        ),
+    ],
+)
+def test_ctc_needs_a_model_of_frames(storage, monkeypatch, shape, loss, key, said):
+    facts = replace(FACTS, output_shape=shape)
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(facts))))
+    assert said in refused(*CTC, f"loss={loss}")[key]
+
+
+def test_ctc_is_planned_without_metrics(storage, monkeypatch):
+    facts = replace(FACTS, output_shape=(9, 4))
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(facts))))
+    assert "ctc; metrics: none" in plan_table(planned(*CTC, "loss={kind: ctc, blank: 3}"))
+
+
+def test_epochs_are_of_the_examples_with_a_label_unless_a_teacher_knows_the_others(storage):
+    job = job_of("data={kind: digits, global_batch: 32, holdout: 137, labels: 0.1}", "budget={epochs: 2}")
+    alone, taught = (data_facts(job.data, Path.cwd(), taught=taught) for taught in (False, True))
+    assert (alone.train_examples, alone.left_out_examples) == (130, 1170)
+    assert (taught.train_examples, taught.left_out_examples) == (1300, 0)
+    assert [plan_steps(job, data) for data in (alone, taught)] == [8, 81]
+    assert planned("data={kind: digits, global_batch: 64, labels: 0.1}").data.train_examples == 144
+
+
 @pytest.mark.parametrize(
     ("overrides", "key", "said"),
     [
@@ -285,6 +322,20 @@ def test_batches_run_on_across_epochs(epochs, batch, steps):
             "parallel.split.fc",
             "needs images (channels, height, width), and an example has the shape [8]",
         ),
+        (
+            ["data.omit_classes=[2, 10]"],
+            "data.omit_classes",
+            "names a class that is none of the 10; use some of 0 to 9",
+        ),
+        (["data.omit_classes=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"], "data.omit_classes", "leaves no class to train on"),
+        ([ROWS, "data.omit_classes=[1]", "model.num_classes=3"], "data.omit_classes", "data.num_classes is not given"),
+        (["data.labels=0"], "data.labels", "leaves nothing to train on"),
+        (
+            ["data.labels=1e-4"],
+            "data.labels",
+            "less than half of one of the 1437 training examples; use at least 0.0007",
+        ),
+        (["data.labels=0.01"], "data.global_batch", "larger than the training split of 14; use at most 14"),
         (["loss={kind: python, target: json:nothing}"], "loss.target", "does not define; it has dump, dumps"),
     ],
 )
@@ -339,6 +390,8 @@ def test_a_model_that_cannot_learn_the_data_is_refused(storage, monkeypatch, fac
         "data.global_batch=32",
         "data.holdout=100",
         "data.augment=[{kind: random_erasing}]",
+        "data.labels=0.5",
+        "data.omit_classes=[3]",
         "data.normalize={mean: [0.5], std: [0.5]}",
         "loss={kind: cross_entropy, label_smoothing: 0.1}",
         "optimizer.lr=0.2",
@@ -428,6 +481,7 @@ def test_ingredients_can_be_printed_and_compared(storage):
     assert recipe["precision"] == {"dtype": "fp32"}
     keys = {"data", "pipeline", "zero", "offload", "micro_batch", "device", "threads"}
     assert recipe["topology"].keys() == keys, "what does not act is left out"
+    assert recipe["data"].keys() == {"fingerprint", "holdout", "augment", "mean", "std", "global_batch"}
     assert recipe["model"]["num_classes"] == 10
     assert recipe["libraries"]["torch"].startswith("2.")
     assert fingerprint(recipe) == planned().fingerprint
@@ -522,6 +576,13 @@ def test_the_probe_measures_a_real_model(tmp_path, monkeypatch):
     assert facts.activation_bytes_per_example == 4 * (64 + 32)
     assert facts.output_shape == (10,)
     assert facts.buffer_bytes == 0
+    assert [(output.name, output.kind, output.shape) for output in facts.outputs] == [
+        ("0", "Flatten", (64,)),
+        ("1", "Linear", (32,)),
+        ("2", "ReLU", (32,)),
+        ("3", "Linear", (10,)),
+    ]
+    assert model_facts(job, data_facts(job.data, tmp_path), tmp_path) == facts, "as read from the cache"
 
 
 def test_a_model_of_ones_own_that_fails_is_a_problem_with_its_place(tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ def train_with(
         rows = slice(rank * half, (rank + 1) * half)
         for number, (inputs, targets) in enumerate(marked_batches(marked)[:last]):
             if number >= first:
-                yield Batch(inputs[rows], targets[rows], targets[rows]), DataState(number + 1, 0, 0)
+                yield Batch(inputs[rows], targets[rows], targets[rows], targets[rows]), DataState(number + 1, 0, 0)
 
     state = restore() or TrainState()
     reporter = Reporter(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from temper.config.schema import ScheduleConfig
-from temper.schedules import build_schedule
+from temper.config.schema import RampConfig, ScheduleConfig
+from temper.schedules import build_ramp, build_schedule
 
 
 def test_constant_is_one_throughout():
@@ -52,3 +52,16 @@ def test_steps_beyond_the_budget_keep_its_last_value():
 
 def test_a_budget_of_one_step_uses_the_full_learning_rate():
     assert build_schedule(ScheduleConfig(kind="cosine"), 1)(0) == 1.0
+
+
+def test_a_ramp_goes_from_start_to_end_and_stays():
+    ramp = build_ramp(RampConfig(start=20.0, end=4.0), 5)
+    assert [ramp(step) for step in (0, 1, 2, 3, 4, 5, 1000)] == [20.0, 16.0, 12.0, 8.0, 4.0, 4.0, 4.0]
+    ramp = build_ramp(RampConfig(kind="cosine", start=0.0, end=1.0), 5)
+    assert [ramp(step) for step in (0, 1, 2, 4, 9)] == pytest.approx([0.0, (1 - 2**-0.5) / 2, 0.5, 1.0, 1.0])
+
+
+def test_a_ramp_of_one_step_is_its_start_and_a_number_is_no_ramp():
+    assert build_ramp(RampConfig(start=0.1, end=0.7), 1)(0) == 0.1
+    assert [build_ramp(4.0, 10)(step) for step in (0, 5, 99)] == [4.0, 4.0, 4.0]
+    assert build_ramp(RampConfig(start=0.1, end=0.7), 3)(2) == 0.7, "exactly"

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed import run_distributed
-from engine_cases import BATCH, OPTIMIZERS, Case, build_batches, build_engine
+from engine_cases import OPTIMIZERS, Case, build_batches, build_engine, rank_rows
+from temper.data.batches import Batch
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel import halo
 from temper.parallel.groups import Group
@@ -47,14 +48,9 @@ def _trace(case: Case, folder: Path, fault: str = "") -> None:
     if "sparse" in fault:
         begin_at_once(engine, SPARSE, folder)
     _plant(fault, engine)
-    chunk, rank = BATCH // batch.accumulation, engine.groups.data.rank
-    rows = torch.cat(
-        [
-            torch.arange(chunk * k + rank * batch.micro_batch, chunk * k + (rank + 1) * batch.micro_batch)
-            for k in range(batch.accumulation)
-        ]
-    )
-    parts = ((inputs[rows], targets[rows]) for inputs, targets in build_batches()[:STEPS])
+    rows = rank_rows(engine, batch)
+    none = torch.zeros_like(rows)
+    parts = (Batch(inputs[rows], targets[rows], rows, none) for inputs, targets in build_batches()[:STEPS])
     trace(engine, model, parts, folder, lr_at=lambda applied: OPTIMIZERS[case.optimizer]["lr"], seed=0)
 
 

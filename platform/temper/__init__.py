@@ -42,14 +42,18 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 def plan(job: str | Path | JobConfig, overrides: Sequence[str] = ()) -> Plan:
     """What training `job`, a file or a loaded job, will do on this machine and what it costs. Starts nothing.
 
-    Data paths and `kind: python` targets are looked for in the working directory and beside the job file.
+    A teacher is found, or planned in its turn. Data paths and `kind: python` targets are looked for in the working
+    directory and beside the job file.
 
     Raises:
         JobError: with every problem that can be seen before the start.
     """
-    from temper.plan import plan_job
+    from temper.config.load import resolve_job
+    from temper.launch.teachers import plan_job
+    from temper.plan.mesh import local_cluster
 
-    return plan_job(job, overrides)
+    resolved, folder = resolve_job(job, overrides)
+    return plan_job(resolved, local_cluster(), folder)
 
 
 def train(

@@ -38,9 +38,11 @@ from torch import Tensor
 from temper.errors import CheckpointError
 from temper.files import read_json, sync, write_json
 from temper.parallel.cut import Cut
+from temper.plan.distill import CONNECTORS
+from temper.run_folder import CHECKPOINT_MANIFEST
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = CHECKPOINT_MANIFEST
 STATE = "state.json"
 RECORDS = "records.jsonl"
 MASTER = "master"
@@ -330,7 +332,8 @@ class CheckpointReader:
 
 
 def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
-    """The model's full fp32 weights and buffers by their own names."""
-    weights = {name: reader.full(MASTER, name) for name in reader.names(MASTER)}
+    """The model's full fp32 weights and buffers by their own names; not the connectors that were trained beside it."""
+    names = [name for name in reader.names(MASTER) if not name.startswith(CONNECTORS)]
+    weights = {name: reader.full(MASTER, name) for name in names}
     buffers = {name: reader.full(BUFFER, name) for name in reader.names(BUFFER)}
     return {**weights, **buffers}

@@ -11,14 +11,17 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import temper
 from temper import __version__
-from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, TemperError
+from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, Problem, TemperError
 
 if TYPE_CHECKING:
+    from temper.export import Product
+    from temper.launch.teacher_runs import TeacherResult
     from temper.launch.train import PhaseResult
 
 DESCRIPTION = "temper trains networks well and cheaply on a Ray cluster."
@@ -68,10 +71,9 @@ def _print_json(options: argparse.Namespace, value: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from temper.plan import plan_job
     from temper.plan.show import plan_table
 
-    plan = plan_job(options.job, options.overrides)
+    plan = temper.plan(options.job, options.overrides)
     _say(plan_table(plan))
     _print_json(options, plan.to_dict())
 
@@ -88,6 +90,8 @@ def _train(options: argparse.Namespace) -> None:
     result = launch_train(job, folder, how)
     reused = " (every phase reused; --fresh trains again)" if result.status == "reused" else ""
     _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
+    for teacher in result.teachers:
+        _say(_teacher_line(teacher))
     if len(result.phases) > 1:
         for phase in result.phases:
             _say(_phase_line(phase))
@@ -102,8 +106,16 @@ def _train(options: argparse.Namespace) -> None:
 
 def _phase_line(phase: PhaseResult) -> str:
     took = "reused" if phase.reused else f"{phase.seconds:.1f} s"
-    tests = [f"{name} {value:.4f}" for name, value in sorted(phase.metrics.items()) if name.startswith("test/")]
-    return "  ".join([f"  {phase.name:<12}{phase.steps:>8} steps{took:>11}", *tests])
+    return "  ".join([f"  {phase.name:<12}{phase.steps:>8} steps{took:>11}", *_tests(phase.metrics)])
+
+
+def _teacher_line(teacher: TeacherResult) -> str:
+    made = "reused" if teacher.reused else "trained first"
+    return "  ".join([f"  teacher {teacher.name}, {made}", *_tests(teacher.metrics)])
+
+
+def _tests(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if name.startswith("test/")]
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -140,15 +152,38 @@ def _eval(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from temper.export import export_product, find_product
 
+    if options.alias and not options.register:
+        raise JobError([Problem("--alias", options.alias, "is a name for a registered version", "add --register NAME")])
     product = find_product(options.reference, Path(options.storage), options.phase)
+    if options.register and not product.run:
+        rule = f"needs the MLflow run of {options.reference}, and no run in its storage says which that is"
+        raise JobError([Problem("--register", options.register, rule, "train the job again: it is tracked then")])
     result = export_product(product, Path(options.to))
     pruned = f", {result['pruned']:,} of them pruned" if result["pruned"] else ""
     _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors{pruned}")
+    if options.register:
+        result["registered"] = _register(product, Path(options.to), options.register, options.alias)
+        alias = f", and as models:/{options.register}@{options.alias}" if options.alias else ""
+        _say(f"registered as {result['registered']}{alias}")
     _print_json(options, result)
 
 
+def _register(product: Product, folder: Path, name: str, alias: str | None) -> str:
+    from temper.export import CARD, MASKS
+    from temper.products import MODEL
+    from temper.run_folder import JOB
+    from temper.tracking.mlflow_store import redact_yaml
+    from temper.tracking.registry import register_export
+
+    files = {file: folder / file for file in (MODEL, MASKS, CARD) if (folder / file).is_file()}
+    texts = {JOB: redact_yaml((folder / JOB).read_text())}
+    run, path = product.run, f"{product.phase}/{product.checkpoint.name}"
+    version = register_export(run["uri"], run["run_id"], files, texts, path, name, alias)
+    return f"models:/{name}/{version}"
+
+
 def _report(options: argparse.Namespace) -> None:
-    from temper.export import find_folder
+    from temper.products import find_folder
     from temper.tracking.report import write_report
 
     folder = find_folder(options.reference, Path(options.storage), "RUN")
@@ -223,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("reference", metavar="RUN|CHECKPOINT", help="MLflow run id, or a folder")
         command.add_argument("--phase", help="a phase of the run; default: the last")
     export.add_argument("--to", required=True, metavar="DIR", help="folder for model.safetensors, job.yaml, README.md")
+    export.add_argument("--register", metavar="NAME", help="also make it a version of this model in MLflow's registry")
+    export.add_argument("--alias", help="with --register: give the version this alias, e.g. best")
     report = _add_command(commands, "report", _report, "write a page on a run, with its figures")
     report.add_argument("reference", metavar="RUN", help="MLflow run id, or a run's folder")
     report.add_argument("--to", metavar="FILE", help="HTML file; default: report.html in the run's folder")

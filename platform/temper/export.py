@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from temper.checkpoint import MASK, CheckpointReader, check_checkpoint, list_checkpoints, model_state
-from temper.config.load import job_to_yaml, load_job
+from temper.checkpoint import MASK, CheckpointReader, check_checkpoint, list_checkpoints
+from temper.config.load import job_to_yaml
 from temper.config.schema import JobConfig
 from temper.data.batches import eval_batches
 from temper.data.sources import load_split
-from temper.errors import CheckpointError, JobError, Problem
+from temper.errors import CheckpointError
 from temper.evaluation import evaluate
 from temper.files import read_json
 from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
+from temper.models.weights import CheckpointWeights, load_weights
 from temper.plan.facts import DataFacts, data_facts
-from temper.run_folder import CHECKPOINTS, JOB, PHASE_MANIFEST, PLAN, RUN
+from temper.products import MODEL, Place, find_place
+from temper.run_folder import CHECKPOINTS, JOB, PHASE_MANIFEST
 from temper.targets import apply_target_folders
 
-MODEL = "model.safetensors"
+CARD = "README.md"
 MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
 class Product:
-    """A checkpoint together with the job that it came from."""
+    """A checkpoint together with the job that it came from. `run` is the `run.json` of its run, empty without one."""
 
     job: JobConfig
     phase: str
@@ -41,6 +43,7 @@ class Product:
     checkpoint: Path
     metrics: dict[str, float]
     import_folders: tuple[str, ...]
+    run: dict[str, Any]
 
 
 def find_product(reference: str, storage: Path, phase: str | None = None) -> Product:
@@ -53,63 +56,27 @@ def find_product(reference: str, storage: Path, phase: str | None = None) -> Pro
         JobError: there is no such thing, or the run has no such phase.
         CheckpointError: its checkpoint is missing or damaged.
     """
-    folder = find_folder(reference, storage)
-    if _is_phase(folder) or folder.parent.name == CHECKPOINTS:
-        if phase is not None:
-            raise JobError([Problem("--phase", phase, f"names a phase of a run, and {folder} is none", "leave it out")])
-        return _product(folder, None) if _is_phase(folder) else _product(folder.parent.parent, folder)
-    plan = read_json(folder / PLAN)
-    if plan is None:
-        rule = "is neither a run, nor a phase, nor a checkpoint"
-        remedy = "give a run's id or folder, or a checkpoint's folder"
-        raise JobError([Problem("RUN|CHECKPOINT", reference, rule, remedy)])
-    phases = {item["name"]: item["fingerprint"] for item in plan["phases"]}
-    name = phase or list(phases)[-1]
-    if name not in phases:
-        raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
-    product = _product(folder.parent / "phases" / phases[name], None)
-    return replace(product, job=load_job(folder / JOB), import_folders=tuple(plan.get("import_folders", ())))
-
-
-def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> Path:
-    """The folder that `reference` is, or that of the run with this MLflow id. Raises JobError where there is none."""
-    if Path(reference).is_dir():
-        return Path(reference).absolute()
-    for record in sorted(storage.glob(f"*/{RUN}")):
-        if (read_json(record) or {}).get("run_id") == reference:
-            return record.parent.absolute()
-    rule = f"is no folder, and no run in {storage} has this id"
-    raise JobError([Problem(key, reference, rule, "name the storage of the run with --storage")])
-
-
-def _is_phase(folder: Path) -> bool:
-    return folder.parent.name == "phases" or (folder / CHECKPOINTS).is_dir()
-
-
-def _product(phase_folder: Path, folder: Path | None) -> Product:
-    manifest = read_json(phase_folder / PHASE_MANIFEST) or {}
-    plan = read_json(phase_folder / PLAN)
-    if plan is None:
-        raise CheckpointError(f"{phase_folder}: {PLAN} is missing, so it is unknown which job this phase belongs to")
-    if folder is None:
-        complete = list_checkpoints(phase_folder / CHECKPOINTS)
-        if not complete:
-            raise CheckpointError(f"{phase_folder / CHECKPOINTS}: no complete checkpoint yet")
-        folder = phase_folder / manifest["checkpoint"] if manifest else complete[-1]
-    problem = check_checkpoint(folder)
+    place = find_place(reference, storage, phase)
+    checkpoint = _checkpoint(place)
+    problem = check_checkpoint(checkpoint)
     if problem is not None:
         raise CheckpointError(problem)
-    # A folder that was copied elsewhere has another name, and still its manifest.
-    fingerprint = manifest.get("fingerprint", phase_folder.name)
-    names = [item["name"] for item in plan["phases"] if item["fingerprint"] == fingerprint]
-    if not names:
-        raise CheckpointError(
-            f"{phase_folder}: is not named by the fingerprint of a phase in its {PLAN}; rename it back"
-        )
-    records = CheckpointReader(folder).records()
+    records = CheckpointReader(checkpoint).records()
     metrics = records[-1]["metrics"] if records else {}
-    job, imports = load_job(phase_folder / JOB), tuple(plan.get("import_folders", ()))
-    return Product(job, names[0], fingerprint, folder, metrics, imports)
+    return Product(place.job, place.phase, place.fingerprint, checkpoint, metrics, place.import_folders, place.run)
+
+
+def _checkpoint(place: Place) -> Path:
+    """The checkpoint itself; of a phase the one that it ended with, or its newest."""
+    if place.kind == "checkpoint":
+        return place.folder
+    manifest = read_json(place.folder / PHASE_MANIFEST)
+    if manifest is not None:
+        return place.folder / str(manifest["checkpoint"])
+    complete = list_checkpoints(place.folder / CHECKPOINTS)
+    if not complete:
+        raise CheckpointError(f"{place.folder / CHECKPOINTS}: no complete checkpoint yet")
+    return complete[-1]
 
 
 def load_model(product: Product) -> tuple[nn.Module, DataFacts]:
@@ -119,13 +86,9 @@ def load_model(product: Product) -> tuple[nn.Module, DataFacts]:
     """
     folders = [Path.cwd(), *(Path(folder) for folder in product.import_folders)]
     apply_target_folders(folders)
-    facts = data_facts(product.job.data, folders[-1])
+    facts = data_facts(product.job.data, folders[-1], taught=product.job.distill is not None)
     model = build_model(product.job.model, facts, product.job.seed)
-    state = model_state(CheckpointReader(product.checkpoint))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(missing) - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
-    if unexpected or set(missing) - tied:
-        raise CheckpointError(f"{product.checkpoint}: is not of this model; missing {missing}, unexpected {unexpected}")
+    load_weights(model, CheckpointWeights(product.checkpoint))
     return model.eval(), facts
 
 
@@ -158,7 +121,7 @@ def export_product(product: Product, to: Path) -> dict[str, Any]:
         # Of another phase that was exported into the same folder.
         (to / MASKS).unlink(missing_ok=True)
     (to / JOB).write_text(job_to_yaml(product.job))
-    (to / "README.md").write_text(_model_card(product, facts, model, masks))
+    (to / CARD).write_text(_model_card(product, facts, model, masks))
     num_parameters = sum(param.numel() for param in model.parameters())
     num_pruned = sum(int((~mask).sum()) for mask in masks.values())
     counts = {"parameters": num_parameters, "pruned": num_pruned, "tensors": len(weights)}

@@ -13,27 +13,31 @@ from pathlib import Path
 from temper.errors import RunError
 
 
+class HeldError(RunError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def claimed(path: Path, what: str) -> Iterator[None]:
-    """Holds `path` for the block, alone. Raises RunError where another process holds it."""
+    """Holds `path` for the block, alone. Raises HeldError where another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{what} is being run by another process; wait for it, or stop it first") from None
+            raise HeldError(f"{what} is being run by another process; wait for it, or stop it first") from None
         yield
 
 
 @contextmanager
 def shared(path: Path, what: str) -> Iterator[None]:
-    """Holds `path` for the block, beside others who share it. Raises RunError where somebody has it alone."""
+    """Holds `path` for the block, beside others who share it. Raises HeldError where somebody has it alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{what} is being removed by another process; start again") from None
+            raise HeldError(f"{what} is being removed by another process; start again") from None
         yield
 
 

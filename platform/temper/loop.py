@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from temper.data.batches import Batch, DataState
-from temper.engine.base import Engine, StepResult
+from temper.engine.base import Engine, StepResult, Technique
 from temper.errors import RunError
 from temper.precision.watch import Observation, Watch, WatchedStep, unwatched
 
@@ -173,9 +173,9 @@ class Reporter:
         self._flushed_at = time.perf_counter()
         self.stop = False
 
-    def add(self, state: TrainState, result: StepResult, lr: float) -> None:
+    def add(self, state: TrainState, result: StepResult, lr: float, values: Mapping[str, float] | None = None) -> None:
         """Notes one step; nothing is computed that the device would have to be waited for."""
-        values = {"train/lr": lr, **self._constants}
+        values = {"train/lr": lr, **self._constants, **(values or {})}
         if result.loss_scale is not None:
             values |= {"precision/loss_scale": result.loss_scale, "precision/skipped_steps": float(state.skipped)}
         if state.back_offs:
@@ -268,6 +268,7 @@ def train(
     save: Callable[[TrainState], None],
     watch: Watch = unwatched,
     recover: Recovery = lambda state: None,
+    technique: Technique | None = None,
 ) -> TrainState:
     """Trains from `state` to the calendar's last step.
 
@@ -281,13 +282,14 @@ def train(
     started = time.perf_counter()
     for batch, _ in batches:
         lr, own_seed = lr_at(state.applied - state.applied_before), step_seed(seed, state.step, rank)
-        result = engine.step(batch.inputs, batch.targets, lr=lr, seed=own_seed)
+        targets = batch.targets if technique is None else technique.prepare(batch, state.applied)
+        result = engine.step(batch.inputs, targets, lr=lr, seed=own_seed)
         state = state.after(result, time.perf_counter() - started)
         with reporter.paused():
-            seen = watch(_watched(batch, state, result, own_seed))
+            seen = watch(WatchedStep(state.step, batch.inputs, targets, own_seed, result.applied, result.loss_scale))
             recovered = recover(state) if result.at_min_scale else state
         state = recovered or state
-        reporter.add(state, result, lr)
+        reporter.add(state, result, lr, technique.values() if technique is not None else {})
         reporter.add_observation(state.step, seen)
         if calendar.evaluates(state.step):
             with reporter.paused():
@@ -303,10 +305,6 @@ def train(
             raise Interrupted
         started = time.perf_counter()
     return state
-
-
-def _watched(batch: Batch, state: TrainState, result: StepResult, seed: int) -> WatchedStep:
-    return WatchedStep(state.step, batch.inputs, batch.targets, seed, result.applied, result.loss_scale)
 
 
 def _exhausted(state: TrainState, result: StepResult, seen: Observation) -> str:

@@ -13,10 +13,12 @@ PLAN = "plan.json"
 RUN = "run.json"  # which MLflow run this is, and where
 STAGES = "stages.jsonl"  # what the run is doing before its first step, for people
 FAILURES = "failures.jsonl"
+LOCK = "lock"  # held by the command that writes in the run's folder and delivers to the run in MLflow
 STOP = "stop"  # its presence asks the workers to save and stop
 
 HISTORY = "history.jsonl"  # of a phase: one record a step
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_MANIFEST = "manifest.json"  # of a checkpoint; there only when it is complete
 PHASE_MANIFEST = "phase.json"  # of a phase; there only when the phase is complete
 WEIGHTS = "weights.json"  # of a sparse or re-dense phase: what came of the weights
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from temper.config.schema import ScheduleConfig
+from temper.config.schema import RampConfig, ScheduleConfig
 
 Schedule = Callable[[int], float]
 
@@ -30,6 +30,26 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Schedule:
         return decay(step)
 
     return factor
+
+
+def build_ramp(value: float | RampConfig, steps: int) -> Schedule:
+    """The value at each of `steps` steps: the same at all of them, or from `start`, at the first, to `end`, at the last
+    and at every later one, by a line or by half a period of a cosine. Of a single step it is `start`."""
+    if not isinstance(value, RampConfig):
+        return lambda step: value
+    share = _SHARES[value.kind]
+
+    def ramp(step: int) -> float:
+        risen = share(min(step / max(steps - 1, 1), 1.0))
+        return (1.0 - risen) * value.start + risen * value.end
+
+    return ramp
+
+
+_SHARES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: 0.5 * (1.0 - math.cos(math.pi * progress)),
+}
 
 
 def _constant(config: ScheduleConfig, steps: int) -> Schedule:

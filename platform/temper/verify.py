@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from temper import checkpoint
 from temper.checkpoint import MASK, MASTER, CheckpointReader, Shard
-from temper.engine.base import EngineState
+from temper.data.batches import Batch
+from temper.engine.base import EngineState, Technique
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel.cut import cut_of
 from temper.parallel.image_block import ImageBlock
@@ -82,11 +83,12 @@ def begin_at_once(engine: DeepSpeedEngine, phase: PhasePlan, folder: Path) -> No
 def trace(
     engine: DeepSpeedEngine,
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     folder: Path,
     *,
     lr_at: Callable[[int], float],
     seed: int,
+    technique: Technique | None = None,
 ) -> None:
     """Trains on `batches` (this rank's parts) and writes into `folder` what each step did. Collective.
 
@@ -97,8 +99,9 @@ def trace(
     tracer.write(folder, 0, {})
     applied = 0
     with _NoDropout():
-        for step, (inputs, targets) in enumerate(batches, start=1):
-            result = engine.step(inputs, targets, lr=lr_at(applied), seed=seed)
+        for step, batch in enumerate(batches, start=1):
+            targets = batch.targets if technique is None else technique.prepare(batch, applied)
+            result = engine.step(batch.inputs, targets, lr=lr_at(applied), seed=seed)
             applied += int(result.applied)
             tracer.write(
                 folder,

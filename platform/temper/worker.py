@@ -13,20 +13,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from temper import checkpoint
 from temper.console import quieten
 from temper.data.batches import Batch, DataState, eval_batches, train_batches
-from temper.data.sources import SplitName, load_splits
+from temper.data.sources import SplitName, labelling_of, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
+from temper.engine.sharded import shard_module
 from temper.errors import RunError
 from temper.evaluation import evaluate, evaluate_splits
 from temper.files import read_json, write_json
@@ -36,10 +38,13 @@ from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
 from temper.parallel.groups import MeshGroups, build_groups
+from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
 from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, TraceTask, WorkerSpec
 from temper.targets import apply_target_folders
+from temper.techniques.distill.features import FeatureTaps
+from temper.techniques.distill.technique import Distillation, build_distillation
 from temper.techniques.dsd.border import begin_phase
 from temper.techniques.dsd.sparsity import count_zeros, latest_pruning, sparsity_metrics
 from temper.techniques.dsd.summary import summarize, write_summary
@@ -100,12 +105,13 @@ def trace_work(spec: TraceSpec) -> None:
 def _trace(task: TraceTask, steps: int, groups: MeshGroups) -> None:
     plan, job = task.plan, task.plan.job
     model = build_model(job.model, plan.data, job.seed)
-    engine = build_engine(model, build_loss(job.loss), job, plan.batch, plan.mesh, groups, task.phase.deepspeed)
+    parts = build_parts(plan, groups)
+    engine = build_engine(model, parts.loss, job, plan.batch, plan.mesh, groups, task.phase.deepspeed, parts.taps)
     if task.phase.pruning is not None:
         begin_at_once(engine, task.phase, task.folder)
     batches = train_batches(
         job.data,
-        load_splits(job.data, Path(job.storage), plan.data)["train"],
+        load_splits(job.data, Path(job.storage), plan.data, labelling_of(job))["train"],
         plan.data,
         seed=job.seed,
         batch=plan.batch,
@@ -113,9 +119,30 @@ def _trace(task: TraceTask, steps: int, groups: MeshGroups) -> None:
         world_size=groups.data.size,
         first_step=0,
         last_step=steps,
+        views=job.distill.views if job.distill is not None else None,
     )
-    parts = ((batch.inputs, batch.targets) for batch, _ in batches)
-    trace(engine, model, parts, task.folder, lr_at=learning_rate(job, task.phase), seed=job.seed)
+    examples = (batch for batch, _ in batches)
+    lr_at = learning_rate(job, task.phase)
+    trace(engine, model, examples, task.folder, lr_at=lr_at, seed=job.seed, technique=parts.technique)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What decides a step's loss: `base` on the labels alone, `loss` as it is trained on; `taps` hook levels."""
+
+    base: LossFunction
+    loss: LossFunction
+    technique: Distillation | None
+    taps: FeatureTaps | None
+
+
+def build_parts(plan: Plan, groups: MeshGroups) -> Parts:
+    """The loss of the plan's job, and its technique where it has one. Collective where a teacher is sharded."""
+    base = build_loss(plan.job.loss)
+    technique = build_distillation(plan, base, device_of(plan.mesh.device), groups, shard_module)
+    if technique is None:
+        return Parts(base, base, None, None)
+    return Parts(base, technique.loss, technique, technique.taps)
 
 
 class _Worker:
@@ -127,13 +154,17 @@ class _Worker:
         self.spec, self.rank, self.stage = spec, rank, stage
         self.world_size = plan.mesh.world_size
         storage = Path(job.storage)
-        self.splits = load_splits(job.data, storage, plan.data)
+        self.splits = load_splits(job.data, storage, plan.data, labelling_of(job))
         stage(f"building {job.model.kind}")
-        self.loss: LossFunction = build_loss(job.loss)
         model = build_model(job.model, plan.data, job.seed)
         self.groups = build_groups(plan.mesh.data, plan.mesh.pipeline, plan.mesh.tensor)
+        if plan.distill is not None:
+            stage(f"building the teacher ({', '.join(teacher.name for teacher in plan.distill.teachers)})")
+        self.parts = build_parts(plan, self.groups)
         config = spec.phases[0].deepspeed
-        self.engine = build_engine(model, self.loss, job, plan.batch, plan.mesh, self.groups, config)
+        self.engine = build_engine(
+            model, self.parts.loss, job, plan.batch, plan.mesh, self.groups, config, self.parts.taps
+        )
 
     def last_records(self, phase: PhasePlan) -> list[Record]:
         """Rank 0's: what a complete phase's last checkpoint has."""
@@ -161,6 +192,9 @@ class _Worker:
             device=self.engine.device,
             constants={"phase": float(plan.phases.index(phase))},
         )
+        if state.step == 0 and self.parts.technique is not None:
+            self.stage("evaluating the teacher")
+            reporter.add_metrics(1, self._evaluate_teacher(self.parts.technique))
         if state.step == 0 or restored:
             self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
         state = train(
@@ -176,6 +210,7 @@ class _Worker:
             save=lambda reached: self._save(phase, reached, reporter.take_segment()),
             watch=self._watch(),
             recover=build_recovery(job.precision.at_min_scale, partial(self._go_back, phase)),
+            technique=self.parts.technique,
         )
         self._finish(phase, state)
 
@@ -187,7 +222,7 @@ class _Worker:
         if self.groups.replica.size > 1:
             return watch_skips
         ranks = self.groups.data.process_group
-        return TwinWatch(self.engine, self.loss, self.plan.batch.accumulation, ranks, precision.underflow_every)
+        return TwinWatch(self.engine, self.parts.loss, self.plan.batch.accumulation, ranks, precision.underflow_every)
 
     def _train_batches(self, first_step: int, last_step: int) -> Iterator[tuple[Batch, DataState]]:
         plan = self.plan
@@ -201,6 +236,7 @@ class _Worker:
             world_size=self.groups.data.size,
             first_step=first_step,
             last_step=last_step,
+            views=plan.job.distill.views if plan.job.distill is not None else None,
         )
 
     def _evaluate(self, phase: PhasePlan, step: int) -> Mapping[str, float]:
@@ -218,7 +254,10 @@ class _Worker:
         return sparsity_metrics(zeros.tolist(), layers, self.engine.shapes())
 
     def _on(self, split: SplitName) -> dict[str, float]:
-        batches = eval_batches(
+        return self._measure(self.engine.predict, self._eval_batches(split))
+
+    def _eval_batches(self, split: SplitName) -> Iterator[tuple[Batch, int]]:
+        return eval_batches(
             self.plan.job.data,
             self.splits[split],
             self.plan.data,
@@ -226,7 +265,24 @@ class _Worker:
             world_size=self.groups.data.size,
             batch=self.plan.job.evaluation.batch,
         )
-        return evaluate(self.engine.predict, batches, self.loss, self._metrics, self.engine.device, self.groups.data)
+
+    def _measure(self, predict: Callable[[Tensor], Any], batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
+        return evaluate(predict, batches, self.parts.base, self._metrics, self.engine.device, self.groups.data)
+
+    def _evaluate_teacher(self, distillation: Distillation) -> dict[str, float]:
+        """The teacher's metrics on the student's test split, once for all students. Collective."""
+        assert self.plan.distill is not None, "there is a teacher"
+        file = self.plan.distill.evaluation
+        known = [read_json(file) if self.rank == 0 else None]
+        dist.broadcast_object_list(known, src=0)
+        metrics = known[0]
+        if metrics is None:
+            batches = distillation.on_test(self._eval_batches("test"))
+            metrics = self._measure(lambda logits: logits.to(self.engine.device), batches)
+            if self.rank == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, metrics)
+        return {f"teacher/{name}": value for name, value in metrics.items()}
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

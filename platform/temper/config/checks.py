@@ -10,18 +10,39 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from temper.config.schema import DSDConfig, JobConfig, RoundConfig, ScheduleConfig
+from temper.config.schema import (
+    DataConfig,
+    DistillConfig,
+    DSDConfig,
+    JobConfig,
+    RampConfig,
+    RoundConfig,
+    ScheduleConfig,
+    Section,
+    Transform,
+)
 from temper.errors import Problem
 
 _CLASS_METRICS = ("accuracy", "top5_accuracy", "f1", "precision", "recall", "auroc", "calibration_error")
 _VALUE_METRICS = ("mse", "mae")
 _MAX_SCALE_POWER = 32
 _RESIZING = ("resize", "center_crop", "random_crop", "random_resized_crop")
+_FIXED = ("resize", "center_crop")
 
 
 def check_job(job: JobConfig) -> list[Problem]:
     """Every rule across sections that the job breaks, in the order of the sections."""
     return [problem for rule in _RULES for problem in rule(job)]
+
+
+def is_random(transform: Transform) -> bool:
+    """Whether the transform does something else to an example each time."""
+    return transform.kind not in _FIXED
+
+
+def has_random_augment(data: DataConfig) -> bool:
+    """Whether an example looks different in each epoch."""
+    return any(map(is_random, data.augment))
 
 
 def _check_augment_order(job: JobConfig) -> list[Problem]:
@@ -49,18 +70,29 @@ def _check_global_batch(job: JobConfig) -> list[Problem]:
 
 def _check_loss(job: JobConfig) -> list[Problem]:
     """Which metrics say something about a model that is trained with this loss."""
-    wrong = {"cross_entropy": _VALUE_METRICS, "mse": _CLASS_METRICS, "python": ()}[job.loss.kind]
-    right = {"cross_entropy": _CLASS_METRICS, "mse": _VALUE_METRICS, "python": ()}[job.loss.kind]
+    every = (*_CLASS_METRICS, *_VALUE_METRICS)
+    wrong = {"cross_entropy": _VALUE_METRICS, "mse": _CLASS_METRICS, "ctc": every, "python": ()}[job.loss.kind]
+    right = ", ".join(metric for metric in every if metric not in wrong)
+    remedy = f"use some of {right}" if right else "use metrics: []"
     return [
-        Problem(
-            f"evaluation.metrics.{index}",
-            metric,
-            f"does not fit loss.kind: {job.loss.kind}",
-            f"use some of {', '.join(right)}",
-        )
+        Problem(f"evaluation.metrics.{index}", metric, f"does not fit loss.kind: {job.loss.kind}", remedy)
         for index, metric in enumerate(job.evaluation.metrics)
         if metric in wrong
     ]
+
+
+def _check_ctc(job: JobConfig) -> list[Problem]:
+    if job.loss.kind != "ctc" or job.data.kind == "python":
+        return []
+    rule = f"needs a row of labels for each example, and data of kind {job.data.kind} have one label"
+    return [Problem("loss.kind", "ctc", rule, "use data of kind python, or cross_entropy")]
+
+
+def _check_omitted(job: JobConfig) -> list[Problem]:
+    classes = job.data.omit_classes
+    if len(set(classes)) == len(classes):
+        return []
+    return [Problem("data.omit_classes", classes, "names a class twice", f"use {sorted(set(classes))}")]
 
 
 def _check_metrics(job: JobConfig) -> list[Problem]:
@@ -128,14 +160,14 @@ def _check_precision(job: JobConfig) -> list[Problem]:
     problems = []
     if not precision.is_low:
         rule = f"acts on bf16 and fp16 only, and precision.dtype is {precision.dtype}"
-        problems += _unread(job, "precision", _LOW_ONLY, rule, "dtype: bf16")
+        problems += _unread(precision, "precision", _LOW_ONLY, rule, "dtype: bf16")
     if precision.dtype != "fp16":
         rule = f"acts on fp16 only, and precision.dtype is {precision.dtype}"
-        return problems + _unread(job, "precision", _FP16_ONLY, rule, "dtype: fp16")
+        return problems + _unread(precision, "precision", _FP16_ONLY, rule, "dtype: fp16")
     problems += _check_underflow(job)
     if precision.loss_scale != "dynamic":
         rule = f"acts on a dynamic scale only, and precision.loss_scale is {precision.loss_scale:g}"
-        return problems + _unread(job, "precision", _DYNAMIC_ONLY, rule, "loss_scale: dynamic")
+        return problems + _unread(precision, "precision", _DYNAMIC_ONLY, rule, "loss_scale: dynamic")
     return problems + _check_dynamic_scale(job)
 
 
@@ -171,7 +203,9 @@ def _check_dynamic_scale(job: JobConfig) -> list[Problem]:
 def _check_pipeline(job: JobConfig) -> list[Problem]:
     parallel = job.parallel
     if parallel.pipeline == 1:
-        return _unread(job, "parallel", ("stages",), "acts with stages only; parallel.pipeline is 1", "pipeline: 2")
+        return _unread(
+            job.parallel, "parallel", ("stages",), "acts with stages only; parallel.pipeline is 1", "pipeline: 2"
+        )
     problems = []
     if parallel.zero > 1:
         rule = f"shards more than the optimizer's state, which parallel.pipeline: {parallel.pipeline} cannot have"
@@ -193,7 +227,9 @@ def _check_stages(stages: list[int], pipeline: int) -> list[Problem]:
 def _check_tensor(job: JobConfig) -> list[Problem]:
     if job.parallel.tensor > 1:
         return _check_blocks(job)
-    return _unread(job, "parallel", ("split",), "acts with tensor ranks only; parallel.tensor is 1", "tensor: 2")
+    return _unread(
+        job.parallel, "parallel", ("split",), "acts with tensor ranks only; parallel.tensor is 1", "tensor: 2"
+    )
 
 
 def _check_blocks(job: JobConfig) -> list[Problem]:
@@ -226,7 +262,9 @@ _NOT_ON_A_SERVER: tuple[tuple[str, Any, str], ...] = (
 
 def _check_parameter_server(job: JobConfig) -> list[Problem]:
     if job.parallel.mode != "parameter_server":
-        return _unread(job, "parallel", _SERVER_KEYS, "acts on a parameter server only", "mode: parameter_server")
+        return _unread(
+            job.parallel, "parallel", _SERVER_KEYS, "acts on a parameter server only", "mode: parameter_server"
+        )
     problems = []
     for key, without, rule in _NOT_ON_A_SERVER:
         section, _, name = key.partition(".")
@@ -244,13 +282,14 @@ def _check_parameter_server(job: JobConfig) -> list[Problem]:
     return problems
 
 
-def _unread(job: JobConfig, section: str, names: tuple[str, ...], rule: str, instead: str) -> list[Problem]:
-    """Keys that were given and that nothing will read; a value there is a mistake that nobody would notice."""
-    given, default = getattr(job, section), type(getattr(job, section))()
+def _unread(given: Section, key: str, names: tuple[str, ...], rule: str, instead: str) -> list[Problem]:
+    """Keys of a section that were given and that nothing will read; a value there is a mistake that nobody would
+    notice."""
+    fields = type(given).model_fields
     return [
-        Problem(f"{section}.{name}", getattr(given, name), rule, f"leave it out or use {instead}")
+        Problem(f"{key}.{name}", getattr(given, name), rule, f"leave it out or use {instead}")
         for name in names
-        if getattr(given, name) != getattr(default, name)
+        if getattr(given, name) != fields[name].get_default(call_default_factory=True)
     ]
 
 
@@ -342,10 +381,134 @@ def _check_groups(key: str, round_: RoundConfig) -> list[Problem]:
     return problems
 
 
+def _check_labels(job: JobConfig) -> list[Problem]:
+    """What of a distillation needs labels where not every example has one."""
+    distill, share = job.distill, job.data.labels
+    if distill is None or share == 1:
+        return []
+    problems = []
+    if distill.loss == "decoupled":
+        rule = f"needs the label of every example, and data.labels is {share:g}"
+        problems.append(Problem("distill.loss", "decoupled", rule, "use loss: soft_targets or labels: 1"))
+    if job.loss.kind == "python" and distill.alpha != 1:
+        rule = f"is not told which examples have no label, and data.labels is {share:g}"
+        problems.append(Problem("loss.kind", "python", rule, "use cross_entropy, or distill.alpha: 1"))
+    if share == 0 and distill.alpha != 1:
+        shown = None if isinstance(distill.alpha, RampConfig) else distill.alpha
+        rule = "gives weight to labels, and data.labels: 0 leaves none"
+        problems.append(Problem("distill.alpha", shown, rule, "use alpha: 1 or more labels"))
+    return problems
+
+
+def _check_distill(job: JobConfig) -> list[Problem]:
+    if job.distill is None:
+        return []
+    return [problem for rule in _DISTILL_RULES for problem in rule(job, job.distill)]
+
+
+def _check_distill_loss(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    problems = []
+    if job.loss.kind == "mse":
+        rule = "has no classes, whose probabilities a teacher could soften"
+        problems.append(Problem("loss.kind", "mse", rule, "use cross_entropy, ctc or python, or leave distill out"))
+    if job.loss.kind == "ctc" and distill.loss == "decoupled":
+        rule = "needs the class of every frame, which targets of loss.kind: ctc do not have"
+        problems.append(Problem("distill.loss", "decoupled", rule, "use loss: soft_targets"))
+    if distill.loss != "decoupled":
+        rule = "weighs a part of decoupled distillation only"
+        problems += _unread(distill, "distill", ("non_target_weight",), rule, "loss: decoupled")
+    return problems
+
+
+def _check_ramps(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    problems = []
+    for name in ("temperature", "alpha"):
+        value = getattr(distill, name)
+        if isinstance(value, RampConfig) and value.start == value.end:
+            rule = f"is no ramp: it starts and ends at {value.start:g}"
+            problems.append(Problem(f"distill.{name}", None, rule, f"use {name}: {value.start:g}"))
+    for end in ("start", "end"):
+        if isinstance(distill.temperature, RampConfig) and getattr(distill.temperature, end) == 0:
+            problems.append(Problem(f"distill.temperature.{end}", 0.0, "must be more than 0", "use 1"))
+        if isinstance(distill.alpha, RampConfig) and getattr(distill.alpha, end) > 1:
+            share = getattr(distill.alpha, end)
+            problems.append(Problem(f"distill.alpha.{end}", share, "must be at most 1", "use 1"))
+    return problems
+
+
+def _check_alpha(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    if distill.alpha != 0:
+        return []
+    if not distill.features:
+        return [
+            Problem("distill.alpha", distill.alpha, "teaches nothing without features", "use more, e.g. alpha: 0.9")
+        ]
+    rule = "acts on the soft targets, and distill.alpha is 0"
+    return _unread(distill, "distill", ("temperature", "standardize", "loss"), rule, "alpha: 0.9")
+
+
+def _check_features(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    """The loss and the weight for all pairs must be read by one of them."""
+    problems = []
+    for name in ("feature_loss", "feature_weight"):
+        own = name.removeprefix("feature_")
+        if distill.features and (distill.features == "auto" or any(getattr(p, own) is None for p in distill.features)):
+            continue
+        rule = f"has no effect: every pair has its own {own}" if distill.features else "acts on features only"
+        problems += _unread(distill, "distill", (name,), rule, "features: auto")
+    return problems
+
+
+def _check_cache(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    random = has_random_augment(job.data)
+    problems = []
+    if distill.views is not None and not random:
+        rule = "acts on random augmentation only, and data.augment has none"
+        problems.append(Problem("distill.views", distill.views, rule, "leave it out"))
+    if distill.cache == "none":
+        return problems + _unread(distill, "distill", ("top_k",), "acts on a cache only", "cache: logits")
+    if random and distill.views is None:
+        rule = "holds what the teacher says of an example once, and data.augment shows another one in every epoch"
+        problems.append(Problem("distill.cache", distill.cache, rule, "set views: 4 or use cache: none"))
+    if (distill.cache == "features") != bool(distill.features):
+        rule = "lacks the features that are taught" if distill.features else "has no features to hold"
+        remedy = "use cache: features" if distill.features else "use cache: logits"
+        problems.append(Problem("distill.cache", distill.cache, rule, remedy))
+    rule = f"acts on a live teacher only, and distill.cache is {distill.cache}"
+    return problems + _unread(distill, "distill", ("placement",), rule, "cache: none")
+
+
+def _check_teacher_batch(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    rows, most = distill.teacher_batch, max(job.data.global_batch // job.parallel.workers, 1)
+    if rows is None or rows <= most or distill.cache != "none":
+        return []
+    rule = f"is more than the {most} examples that a rank has in a step: the rest of every pass would be copies"
+    return [Problem("distill.teacher_batch", rows, rule, f"use at most {most}")]
+
+
+def _check_distill_mode(job: JobConfig, distill: DistillConfig) -> list[Problem]:
+    if job.parallel.mode != "parameter_server":
+        return []
+    rule = "asks a teacher and trains connectors in every step, and workers of a parameter server do neither"
+    return [Problem("distill", None, rule, "use parallel.mode: synchronous or leave it out")]
+
+
+_DISTILL_RULES: tuple[Callable[[JobConfig, DistillConfig], list[Problem]], ...] = (
+    _check_distill_loss,
+    _check_ramps,
+    _check_alpha,
+    _check_features,
+    _check_cache,
+    _check_teacher_batch,
+    _check_distill_mode,
+)
+
 _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_augment_order,
     _check_global_batch,
+    _check_omitted,
     _check_loss,
+    _check_ctc,
     _check_metrics,
     _check_optimizer,
     _check_schedule,
@@ -355,5 +518,7 @@ _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_offload,
     _check_parameter_server,
     _check_budget,
+    _check_labels,
+    _check_distill,
     _check_dsd,
 )

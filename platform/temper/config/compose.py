@@ -26,6 +26,7 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
     "fp16": {"precision.dtype": "fp16"},
     "accumulation": {"parallel.micro_batch": 4},
     "clipping": {"optimizer.clip_norm": 1.0},
+    "distillation": {"distill": {"teacher": "teacher.yaml"}},
     "dense-sparse-dense": {"dsd": {"rounds": [{"sparsity": 0.5, "sparse_steps": 2, "redense_steps": 2}]}},
 }
 """Each feature and the keys, or the section, that ask for it. `parallel.offload` is asked for with ZeRO-1 where the

@@ -8,7 +8,7 @@ an epoch also where B does not divide the number of examples. How a global batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Batch:
     """Examples of one rank: `inputs` (examples, …) float32, or int64 where a user's data are token ids; `targets`
-    (examples, …); `indices` (examples,) int64, each example's row in its split."""
+    (examples, …); `indices` (examples,) int64, each example's row in its split; `views` (examples,) int64, which
+    augmented view of the example it is, 0 where views are not counted."""
 
     inputs: Tensor
     targets: Tensor
     indices: Tensor
+    views: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,16 @@ def train_batches(
     world_size: int,
     first_step: int,
     last_step: int,
+    views: int | None = None,
 ) -> Iterator[tuple[Batch, DataState]]:
     """This rank's share of global batches `first_step` to `last_step` - 1, each with the next state.
+
+    Augmentation is new in every epoch or, where there are `views`, that of epoch e mod views.
 
     A global batch is cut into `batch.accumulation` chunks and each chunk evenly over the ranks; a rank gets its pieces
     in the order of the chunks, so that its micro-batch k is part of chunk k. `world_size` counts data-parallel ranks.
     """
-    steps = _RankSteps(config, split, facts, seed, batch, rank, world_size)
+    steps = _RankSteps(config, split, facts, seed, batch, rank, world_size, views)
     for step, made in zip(range(first_step, last_step), _prepare(steps, first_step, last_step), strict=True):
         yield made, data_state(step + 1, len(split), batch.global_batch)
 
@@ -106,6 +111,7 @@ class _RankSteps(Dataset[Batch]):
         batch: BatchPlan,
         rank: int,
         world_size: int,
+        views: int | None,
     ) -> None:
         if batch.global_batch != batch.micro_batch * batch.accumulation * world_size:
             raise ValueError(f"{batch} does not fit {world_size} ranks")
@@ -113,14 +119,33 @@ class _RankSteps(Dataset[Batch]):
         self.global_batch = batch.global_batch
         self.offsets = rank_offsets(batch, rank, world_size)
         self.augmentation = build_transforms(config.augment)
+        self.views = views
 
     def __getitem__(self, step: int) -> Batch:
         rows, epochs = stream(self.seed, len(self.split), step * self.global_batch + self.offsets)
-        indices = torch.from_numpy(rows)
-        inputs, targets = self.split.examples(indices)
-        if self.augmentation:
-            inputs = apply_seeded(self.augmentation, inputs, self.seed, epochs, rows)
-        return Batch(normalized(stacked(inputs, self.facts), self.facts), targets, indices)
+        if self.views is None:
+            batch = view_batch(self.split, self.facts, self.augmentation, self.seed, rows, epochs)
+            return replace(batch, views=torch.zeros_like(batch.views))
+        return view_batch(self.split, self.facts, self.augmentation, self.seed, rows, epochs % self.views)
+
+
+def view_batch(
+    split: Split,
+    facts: DataFacts,
+    augmentation: ImageTransform | None,
+    seed: int,
+    rows: npt.NDArray[np.int64],
+    views: npt.NDArray[np.int64],
+) -> Batch:
+    """The examples at `rows`, each as the augmented view whose number `views` has, ready for a network.
+
+    The view of an example in an epoch without counted views has the number of the epoch.
+    """
+    indices = torch.from_numpy(rows)
+    inputs, targets = split.examples(indices)
+    if augmentation:
+        inputs = apply_seeded(augmentation, inputs, seed, views, rows)
+    return Batch(normalized(stacked(inputs, facts), facts), targets, indices, torch.from_numpy(views))
 
 
 def rank_offsets(batch: BatchPlan, rank: int, world_size: int) -> npt.NDArray[np.int64]:
@@ -165,7 +190,8 @@ def eval_batches(
         indices = torch.zeros(size, dtype=torch.int64)
         indices[:valid] = torch.arange(first + start, first + start + valid)
         inputs, targets = split.examples(indices)
-        yield Batch(normalized(stacked(_transformed(transform, inputs), facts), facts), targets, indices), valid
+        ready = normalized(stacked(_transformed(transform, inputs), facts), facts)
+        yield Batch(ready, targets, indices, torch.zeros_like(indices)), valid
 
 
 def _transformed(transform: ImageTransform | None, inputs: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:

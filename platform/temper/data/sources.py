@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from temper.config.schema import DataConfig, PythonData, SyntheticData
+from temper.config.schema import DataConfig, JobConfig, PythonData, SyntheticData
 from temper.data.download import data_root, has_mosaics, read_file
 from temper.data.formats import (
     read_cifar10_archive,
@@ -29,7 +29,7 @@ from temper.data.formats import (
 from temper.data.store import MANIFEST, store_folder
 from temper.errors import JobError, Problem, RunError
 from temper.plan.built_in import BUILT_INS, DIGITS_DIGEST
-from temper.plan.facts import DataFacts
+from temper.plan.facts import NO_LABEL, DataFacts, labelled_examples
 from temper.targets import load_target
 
 SplitName = Literal["train", "validation", "test"]
@@ -42,6 +42,7 @@ _CIFAR10_MOSAIC_DIGESTS = {
 _LARGEST_IN_MEMORY = 512 * 2**20  # bytes of a synthetic split that is made at once; a larger one is made as it is read
 _HOLDOUT_KEY = 0x686F6C64
 _DIGITS_KEY = 0x64696769
+_LABELS_KEY = 0x6C6162656C73  # above every seed, which is the key of the order of an epoch
 
 
 class Split(Protocol):
@@ -54,6 +55,10 @@ class Split(Protocol):
 
         Images are uint8 in 0…255 or float32 in 0…1, (channels, height, width).
         """
+        ...
+
+    def targets_of(self, rows: Tensor) -> Tensor:
+        """The targets of `rows` alone; decodes no image."""
         ...
 
 
@@ -70,6 +75,9 @@ class ArraySplit:
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.inputs[rows], self.targets[rows]
 
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return self.targets[rows]
+
 
 @dataclass(frozen=True)
 class PartSplit:
@@ -84,25 +92,84 @@ class PartSplit:
     def examples(self, rows: Tensor) -> tuple[Tensor | Sequence[Tensor], Tensor]:
         return self.source.examples(self.source_rows[rows])
 
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return self.source.targets_of(self.source_rows[rows])
 
-def load_splits(config: DataConfig, storage: Path, facts: DataFacts) -> dict[SplitName, Split]:
+
+@dataclass(frozen=True)
+class PartlyLabelledSplit:
+    """Another split of which only the `labelled` rows (a mask) have a label: the targets of the others are NO_LABEL.
+
+    The first `header` numbers of a target are no label and stay.
+    """
+
+    source: Split
+    labelled: Tensor
+    header: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def examples(self, rows: Tensor) -> tuple[Tensor | Sequence[Tensor], Tensor]:
+        inputs, targets = self.source.examples(rows)
+        return inputs, self._without_labels(rows, targets)
+
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return self._without_labels(rows, self.source.targets_of(rows))
+
+    def _without_labels(self, rows: Tensor, targets: Tensor) -> Tensor:
+        numbers = targets.clone().reshape(len(targets), -1)
+        numbers[~self.labelled[rows], self.header :] = NO_LABEL
+        return numbers.reshape(targets.shape)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Which training examples keep their label, where `data.labels` is less than 1, and what becomes of the others.
+
+    `seed` draws them. `taught`: the others are trained on as well, by what a teacher says of them; else they are left
+    out. `header` numbers at the beginning of a target are no label.
+    """
+
+    seed: int
+    taught: bool
+    header: int = 0
+
+
+def labelling_of(job: JobConfig) -> Labelling:
+    """The job's."""
+    return Labelling(job.seed, job.distill is not None, header=1 if job.loss.kind == "ctc" else 0)
+
+
+def load_splits(
+    config: DataConfig, storage: Path, facts: DataFacts, labelling: Labelling | None = None
+) -> dict[SplitName, Split]:
     """Load all three splits of the job's data.
 
     `validation` is `data.holdout` examples of the training data, chosen at random but alike for every seed, because a
-    user's files usually lie class by class; `train` is the rest in its order. Kinds that are ingested are read from
-    `storage`. Raises RunError where files are missing or damaged, JobError where the job is wrong.
+    user's files usually lie class by class; `train` is the rest in its order, without `data.omit_classes` and with
+    `data.labels` of its labels, for which a `labelling` must be given. Kinds that are ingested are read from `storage`.
+    Raises RunError where files are missing or damaged, JobError where the job is wrong.
     """
-    load = KINDS[config.kind]
-    train, validation = _hold_out(load(config, "train", storage, facts), config.holdout)
-    return {"train": train, "validation": validation, "test": load(config, "test", storage, facts)}
+    train, validation = _load_training(config, storage, facts)
+    train = _with_labels(_without_classes(train, config.omit_classes), config.labels, labelling)
+    return {"train": train, "validation": validation, "test": KINDS[config.kind](config, "test", storage, facts)}
 
 
-def load_split(config: DataConfig, split: SplitName, storage: Path, facts: DataFacts) -> Split:
+def load_split(
+    config: DataConfig, split: SplitName, storage: Path, facts: DataFacts, labelling: Labelling | None = None
+) -> Split:
     """Load one of the splits that `load_splits` describes."""
     if split == "test":
         return KINDS[config.kind](config, "test", storage, facts)
-    train, validation = _hold_out(KINDS[config.kind](config, "train", storage, facts), config.holdout)
-    return train if split == "train" else validation
+    train, validation = _load_training(config, storage, facts)
+    if split == "validation":
+        return validation
+    return _with_labels(_without_classes(train, config.omit_classes), config.labels, labelling)
+
+
+def _load_training(config: DataConfig, storage: Path, facts: DataFacts) -> tuple[Split, Split]:
+    return _hold_out(KINDS[config.kind](config, "train", storage, facts), config.holdout)
 
 
 def _hold_out(whole: Split, count: int) -> tuple[Split, Split]:
@@ -111,6 +178,36 @@ def _hold_out(whole: Split, count: int) -> tuple[Split, Split]:
     kept, held_out = np.sort(order[: len(whole) - count]), np.sort(order[len(whole) - count :])
     train = PartSplit(whole, torch.from_numpy(kept)) if count else whole
     return train, PartSplit(whole, torch.from_numpy(held_out))
+
+
+def _without_classes(split: Split, classes: Sequence[int]) -> Split:
+    """`split` without the examples of `classes`. A user's own function is asked for all of its examples for it."""
+    if not classes:
+        return split
+    targets = split.targets_of(torch.arange(len(split)))
+    if targets.dim() != 1:
+        raise RunError(f"data.omit_classes: a target has the shape {list(targets.shape[1:])}, and is no class")
+    rows = torch.nonzero(~torch.isin(targets, torch.tensor(classes)))[:, 0]
+    if not len(rows):
+        raise RunError(f"data.omit_classes: every one of the {len(split)} training examples is of one of {classes}")
+    return PartSplit(split, rows)
+
+
+def _with_labels(split: Split, share: float, labelling: Labelling | None) -> Split:
+    """`split` with the labels of `share` of its examples."""
+    if share == 1:
+        return split
+    if labelling is None:
+        raise ValueError(f"who is to say which examples are the {share:g} that have a label?")
+    count = labelled_examples(share, len(split))
+    if not count and not labelling.taught:
+        raise RunError(f"data.labels: {share:g} leaves none of the {len(split)} training examples; use more")
+    rows = torch.from_numpy(np.sort(random_order(len(split), _LABELS_KEY, labelling.seed)[:count]))
+    if not labelling.taught:
+        return PartSplit(split, rows)
+    labelled = torch.zeros(len(split), dtype=torch.bool)
+    labelled[rows] = True
+    return PartlyLabelledSplit(split, labelled, labelling.header)
 
 
 def random_order(count: int, key: int, subkey: int) -> npt.NDArray[np.int64]:
@@ -191,6 +288,9 @@ class SyntheticSplit:
             inputs[place] += np.float32(self.noise) * _normal(inputs.shape[1:], self.key, row)
         return torch.from_numpy(inputs), targets
 
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return rows % len(self.prototypes)
+
 
 def _normal(shape: Sequence[int], key: int, row: int) -> npt.NDArray[np.float32]:
     # Each row has 2**128 numbers of its own: Philox counts through four words, the row is the third.
@@ -224,6 +324,9 @@ class MapSplit:
     def examples(self, rows: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         pairs = [self.items[row] for row in rows.tolist()]
         return [as_tensor(pair[0]) for pair in pairs], torch.stack([as_target(pair[1]) for pair in pairs])
+
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return torch.stack([as_target(self.items[row][1]) for row in rows.tolist()])
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -295,6 +398,9 @@ class StoredSplit:
 
     def examples(self, rows: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         return [self._decode(row) for row in rows.tolist()], self._labels[rows]
+
+    def targets_of(self, rows: Tensor) -> Tensor:
+        return self._labels[rows]
 
     def _decode(self, row: int) -> Tensor:
         from PIL import Image

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from temper.checkpoint import CheckpointReader, Shard
+from temper.data.batches import Batch
 
-LossFunction = Callable[[Any, Tensor], Mapping[str, Tensor]]
+LossFunction = Callable[[Any, Any], Mapping[str, Tensor]]
 """`(outputs, targets) -> named terms`, fp32 scalars, each the mean over the micro-batch; their sum is the loss."""
+
+
+class Targets(Protocol):
+    """What a loss compares outputs with: a tensor (examples, …), or targets with a teacher's signals."""
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Targets: ...
+
+    def split(self, size: int) -> Iterable[Any]:
+        """The micro-batches' targets, in order; all but the last of `size` examples."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,24 @@ class EngineState:
     loss_scaler: Mapping[str, float] = field(default_factory=dict)
 
 
+class Technique(Protocol):
+    """What is done to a step beside training the network on its labels."""
+
+    def prepare(self, batch: Batch, applied: int) -> Targets:
+        """The targets of the batch, with whatever the loss needs beside them; `applied` counts the steps that are in
+        the weights."""
+
+    def values(self) -> Mapping[str, float]:
+        """What is recorded of the step that was prepared last."""
+
+
 class Engine(Protocol):
     """One rank's part of a training engine."""
 
     @property
     def module(self) -> nn.Module: ...
 
-    def step(self, inputs: Tensor, targets: Tensor, *, lr: float, seed: int) -> StepResult:
+    def step(self, inputs: Tensor, targets: Targets, *, lr: float, seed: int) -> StepResult:
         """One optimizer step on the rank's part of a global batch, `(rank_batch, …)`; `seed` drives dropout."""
 
     def predict(self, inputs: Tensor) -> Any:

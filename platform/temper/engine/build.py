@@ -13,6 +13,7 @@ from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.engine.pipeline_engine import PipelineEngine
 from temper.parallel.groups import MeshGroups
 from temper.plan.mesh import BatchPlan, MeshPlan
+from temper.techniques.distill.features import FeatureTaps
 
 
 def build_engine(
@@ -23,7 +24,9 @@ def build_engine(
     mesh: MeshPlan,
     groups: MeshGroups,
     deepspeed_config: Mapping[str, Any],
+    taps: FeatureTaps | None = None,
 ) -> DeepSpeedEngine:
-    """This rank's engine for the whole `model`, which is split and cut as `mesh` says. Collective."""
+    """This rank's engine for the whole `model`, which is split and cut as `mesh` says; `taps` are hooked into it, and
+    their connectors trained with it. Collective."""
     engine = PipelineEngine if mesh.pipeline > 1 else DeepSpeedEngine
-    return engine(model, loss, job, batch, mesh, groups, deepspeed_config)
+    return engine(model, loss, job, batch, mesh, groups, deepspeed_config, taps)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard
 from temper.config.schema import JobConfig
-from temper.engine.base import EngineState, LossFunction, StepResult
+from temper.engine.base import EngineState, LossFunction, StepResult, Targets
 from temper.engine.deepspeed_setup import device_of
 from temper.engine.inputs import DTYPES, apply_seed, prepared
 from temper.engine.masks import MasterMasks
@@ -30,12 +30,14 @@ from temper.parallel.blocks import join_blocks
 from temper.parallel.cut import cut_of
 from temper.parallel.groups import MeshGroups
 from temper.parallel.split import apply_split
+from temper.plan.distill import CONNECTORS
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.precision.accumulation import arithmetic
 from temper.precision.device import apply_product_precision
 from temper.precision.masters import drop_master_weights
 from temper.precision.scaling import is_exhausted, mend_scaler
 from temper.precision.twin import build_twin, gathered_weights, skeleton_of
+from temper.techniques.distill.features import FeatureTaps
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -56,8 +58,9 @@ class DeepSpeedEngine:
         mesh: MeshPlan,
         groups: MeshGroups,
         deepspeed_config: Mapping[str, Any],
+        taps: FeatureTaps | None = None,
     ) -> None:
-        self._loss, self._batch, self.groups = loss, batch, groups
+        self._loss, self._batch, self.groups, self._taps = loss, batch, groups, taps
         self._dtype = DTYPES[job.precision.dtype]
         self._fp16 = job.precision.dtype == "fp16"
         self._zero = deepspeed_config["zero_optimization"]["stage"]
@@ -72,6 +75,10 @@ class DeepSpeedEngine:
         if mesh.splits:
             apply_split(model, mesh.splits, groups)
         names = {param: name for name, param in model.named_parameters()}
+        if taps is not None:
+            connectors = {f"{CONNECTORS}.{name}": param for name, param in taps.connectors.named_parameters()}
+            names |= {param: name for name, param in connectors.items()}
+            self._shapes |= {name: tuple(param.shape) for name, param in connectors.items()}
         model = self._local_part(model, mesh).to(self.device)
         optimizer = build_optimizer(job.optimizer, model.parameters())
         import deepspeed  # only now, after `prepare`
@@ -101,9 +108,11 @@ class DeepSpeedEngine:
             mend_scaler(self._engine.optimizer)
 
     def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
-        """What of the model this rank computes."""
+        """What of the model this rank computes, and of the connectors."""
         join_blocks(model)
-        return model
+        if self._taps is None:
+            return model
+        return _Connected(model, self._taps.hook(dict(model.named_modules())))
 
     def _model_parallel_unit(self, mesh: MeshPlan) -> Any:
         """Tells DeepSpeed which ranks average gradients, where these are not all."""
@@ -116,6 +125,11 @@ class DeepSpeedEngine:
         return self._engine.module
 
     @property
+    def _model(self) -> nn.Module:
+        """The model without connectors."""
+        return self.module.model if isinstance(self.module, _Connected) else self.module
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer that steps the masters."""
         return self._inner
@@ -124,7 +138,7 @@ class DeepSpeedEngine:
         """This rank's parameters by their names in the whole model."""
         return ((name, param) for param, name in self._all_names.items())
 
-    def step(self, inputs: Tensor, targets: Tensor, *, lr: float, seed: int) -> StepResult:
+    def step(self, inputs: Tensor, targets: Targets, *, lr: float, seed: int) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self.seed(seed)
@@ -132,6 +146,8 @@ class DeepSpeedEngine:
         # Of the module: DeepSpeed's engine hands `train` and `eval` on and keeps no mode of its own.
         if not self.module.training:
             self._engine.train()
+        if self._taps is not None:
+            self._taps.begin_step((scale or 1.0) / self._batch.accumulation)
         means = self._compute(self.micro_batches(inputs, targets))
         applied = self._engine.was_step_applied()
         return StepResult(
@@ -143,22 +159,29 @@ class DeepSpeedEngine:
             at_min_scale=exhausted and not applied,
         )
 
-    def _compute(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _compute(self, micro_batches: Iterator[tuple[Tensor, Any]]) -> dict[str, Tensor]:
         """Forward, backward and the optimizer's step; the loss's terms, each a mean over the rank's part."""
         sums: dict[str, Tensor] = {}
         for inputs, targets in micro_batches:
+            self._feed(targets)
             with self.arithmetic():
                 terms = self._loss(self._engine(inputs), targets)
                 self._engine.backward(total(terms))
             self._engine.step()
             add_terms(sums, terms)
-        return {name: value / self._batch.accumulation for name, value in sums.items()}
+        terms = self._taps.terms() if self._taps is not None else {}
+        return {name: value / self._batch.accumulation for name, value in (*sums.items(), *terms.items())}
+
+    def _feed(self, targets: Any) -> None:
+        """Tells the taps what the teacher says of the next micro-batch."""
+        if self._taps is not None:
+            self._taps.feed(targets.signals.features)
 
     def seed(self, seed: int) -> None:
         """Sets the random numbers of a step, as its first micro-batch finds them."""
         apply_seed(seed, self.device)
 
-    def micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, inputs: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Any]]:
         inputs, targets = self._prepared(inputs), targets.to(self.device, non_blocking=True)
         return zip(inputs.split(self._batch.micro_batch), targets.split(self._batch.micro_batch), strict=True)
 
@@ -171,7 +194,7 @@ class DeepSpeedEngine:
         # Running statistics are in fp32 already.
         buffers = {
             name: value.to(dtype) if value.dtype == self._dtype else value
-            for name, value in self.module.named_buffers()
+            for name, value in self._model.named_buffers()
         }
         twin = build_twin(self._skeleton, {name: value.to(dtype) for name, value in weights.items()}, buffers)
         return apply_global_batch_norm(twin, self.groups.data)
@@ -233,7 +256,7 @@ class DeepSpeedEngine:
 
     def _named_state(self) -> dict[str, Tensor]:
         """This rank's parameters and persistent buffers by their names in the whole model."""
-        return self.module.state_dict(keep_vars=True)
+        return self._model.state_dict(keep_vars=True)
 
     def state(self) -> EngineState:
         scaler = self._loss_scaler()
@@ -280,6 +303,17 @@ class DeepSpeedEngine:
     def _loss_scale(self) -> float | None:
         scaler = self._loss_scaler()
         return None if scaler is None else float(scaler.cur_scale)
+
+
+class _Connected(nn.Module):
+    """A model beside its connectors, which its hooks call: DeepSpeed trains what is in one module."""
+
+    def __init__(self, model: nn.Module, connectors: nn.Module) -> None:
+        super().__init__()
+        self.model, self.connectors = model, connectors
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.model(inputs)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

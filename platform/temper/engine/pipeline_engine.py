@@ -40,7 +40,15 @@ class PipelineEngine(DeepSpeedEngine):
         self._prefixes = {f"{index}.": f"{name}." for index, (name, _) in enumerate(layers)}
         # DeepSpeed keeps all layers that it is given, and those of other stages would stay in this rank's memory.
         listed = [*(nn.Identity() for _ in layers[:first]), *own, *(nn.Identity() for _ in layers[end:])]
-        return _stage_module(listed, mesh, self._loss_of_micro_batch)
+        stage = _stage_module(listed, mesh, self._loss_of_micro_batch)
+        if self._taps is not None:
+            modules = {
+                _join(name, inner): module
+                for name, layer in layers[first:end]
+                for inner, module in layer.named_modules()
+            }
+            stage.connectors = self._taps.hook(modules)
+        return stage
 
     def _model_parallel_unit(self, mesh: MeshPlan) -> None:
         return None  # DeepSpeed's grid knows the groups
@@ -55,20 +63,26 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _named_state(self) -> dict[str, Tensor]:
         state = super()._named_state()
-        return {self._own_name(name): value for name, value in state.items()}
+        return {self._own_name(name): value for name, value in state.items() if not name.startswith("connectors.")}
 
     def _own_name(self, name: str) -> str:
         """DeepSpeed numbers the layers; `3.weight` is the weight of layer 3."""
         index, dot, rest = name.partition(".")
         return self._prefixes[index + dot] + rest
 
-    def _loss_of_micro_batch(self, outputs: Any, targets: Tensor) -> Tensor:
+    def _loss_of_micro_batch(self, outputs: Any, targets: Any) -> Tensor:
         terms = self._loss(outputs, targets)
         add_terms(self._sums, terms)
         return total(terms)
 
-    def _compute(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _compute(self, micro_batches: Iterator[tuple[Tensor, Any]]) -> dict[str, Tensor]:
         self._sums.clear()
+        if self._taps is not None:
+            # Stages take them at different times.
+            listed = list(micro_batches)
+            for _, targets in listed:
+                self._feed(targets)
+            micro_batches = iter(listed)
         # DeepSpeed would send round the loss alone; all terms follow below.
         self._engine._aggregate_total_loss = lambda: None
         with self.arithmetic():
@@ -87,7 +101,18 @@ class PipelineEngine(DeepSpeedEngine):
         else:
             values = torch.empty(len(self._term_names), device=self.device)
         dist.broadcast(values, group=group, group_src=last)
-        return dict(zip(self._term_names, values, strict=True))
+        return {**dict(zip(self._term_names, values, strict=True)), **self._share_features()}
+
+    def _share_features(self) -> dict[str, Tensor]:
+        """The terms of all stages' levels, on every stage."""
+        if self._taps is None:
+            return {}
+        own, names = self._taps.terms(), self._taps.names
+        values = torch.stack(
+            [own[name].float() if name in own else torch.zeros((), device=self.device) for name in names]
+        )
+        dist.all_reduce(values, group=self.groups.pipeline.process_group)
+        return dict(zip(names, values / self._batch.accumulation, strict=True))
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The logits, on every stage: metrics are computed everywhere alike."""
@@ -118,6 +143,10 @@ class PipelineEngine(DeepSpeedEngine):
         )
         dist.broadcast(logits, group=group, group_src=last)
         return logits
+
+
+def _join(name: str, inner: str) -> str:
+    return f"{name}.{inner}" if inner else name
 
 
 def _stage_module(layers: list[nn.Module], mesh: MeshPlan, loss: Any) -> nn.Module:

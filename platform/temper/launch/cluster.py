@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,31 @@ def ray_session(address: str, logs: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class RaySession:
+    """The command's one session with Ray, which lasts until `stack` is closed. An embedded Ray is started when the
+    first run needs it, and serves those after it, too."""
+
+    def __init__(self, address: str, stack: ExitStack) -> None:
+        self.address = address
+        self.is_started = False
+        self._stack = stack
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.address == "local"
+
+    def start(self, logs: Path) -> None:
+        """Connects to Ray or starts it, and points `logs/ray` at the session's own logs; what has been done before is
+        not done again. Raises RunError where there is no Ray at the address."""
+        if self.is_started:
+            import ray
+
+            _link_logs(ray, logs)
+            return
+        self._stack.enter_context(ray_session(self.address, logs))
+        self.is_started = True
 
 
 def _check_reachable(address: str) -> None:

@@ -88,7 +88,8 @@ def _write_manifest(folder: Path, facts: DataFacts, results: list[dict[str, Any]
 
 
 def _check_rows(splits: dict[str, Any], facts: DataFacts) -> None:
-    planned = {"train": facts.train_examples + facts.validation_examples, "test": facts.test_examples}
+    whole = facts.train_examples + facts.left_out_examples + facts.validation_examples
+    planned = {"train": whole, "test": facts.test_examples}
     for split, count in planned.items():
         if splits[split]["rows"] != count:
             rule = (

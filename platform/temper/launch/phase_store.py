@@ -10,12 +10,12 @@ import shutil
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-from temper.errors import RunError
+from temper import products
 from temper.files import read_json, read_lines
-from temper.locks import claimed, shared
+from temper.locks import HeldError, claimed, shared
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
-from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST, PLAN, RUN
+from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST
 from temper.tracking.history import History, last_step
 
 
@@ -23,15 +23,15 @@ def claim_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     """The phases that are not complete, in their order, each claimed until `stack` is closed; until then the others
     stay where they are.
 
-    Raises RunError where another command runs one of them.
+    Raises HeldError where another command runs one of them.
     """
     pending = []
     for phase in plan.phases:
-        stack.enter_context(shared(_users(plan, phase), _what(plan, phase)))
+        stack.enter_context(shared(_users(plan.phase_folder(phase)), _what(plan, phase)))
         with ExitStack() as claim:
             try:
                 claim.enter_context(_claim(plan, phase))
-            except RunError:
+            except HeldError:
                 # A command keeps what it has completed until it has run all of its phases.
                 if is_complete(plan, phase):
                     continue
@@ -44,15 +44,21 @@ def claim_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     return tuple(pending)
 
 
+def keep_phase(folder: Path, stack: ExitStack) -> None:
+    """Until `stack` is closed, the phase in this folder stays there. Raises HeldError where it is being removed."""
+    stack.enter_context(shared(_users(folder), f"phase {folder.name[:10]}"))
+
+
 def forget_phases(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
-    """Removes what was computed for this job. Returns all phases, each claimed until `stack` is closed. Raises RunError
-    where another command runs or uses one of them; nothing is removed then.
+    """Removes what was computed for this job. Returns all phases, each claimed until `stack` is closed.
+
+    Raises HeldError where another command runs or uses one of them; nothing is removed then.
     """
     for phase in plan.phases:
         stack.enter_context(_claim(plan, phase))
     with ExitStack() as unused:
         for phase in plan.phases:
-            unused.enter_context(claimed(_users(plan, phase), _what(plan, phase)))
+            unused.enter_context(claimed(_users(plan.phase_folder(phase)), _what(plan, phase)))
         # Without its manifest a phase no longer counts. The last one first: what is left, should this be broken off, is
         # a chain of phases from the start.
         for phase in reversed(plan.phases):
@@ -66,9 +72,9 @@ def _claim(plan: Plan, phase: PhasePlan) -> AbstractContextManager[None]:
     return claimed(plan.lock(phase), _what(plan, phase))
 
 
-def _users(plan: Plan, phase: PhasePlan) -> Path:
-    """The lock that every command which needs the phase shares."""
-    return plan.phase_folder(phase).with_name(f"{phase.fingerprint}.users.lock")
+def _users(folder: Path) -> Path:
+    """The lock that every command which needs the phase in this folder shares."""
+    return folder.with_name(f"{folder.name}.users.lock")
 
 
 def _what(plan: Plan, phase: PhasePlan) -> str:
@@ -95,7 +101,4 @@ def complete_history(plan: Plan, phase: PhasePlan) -> None:
 
 def computing_run(plan: Plan, phase: PhasePlan) -> str | None:
     """The MLflow run in whose folder the phase's folder says that it was computed."""
-    computing = read_json(plan.phase_folder(phase) / PLAN) or {}
-    # By its name, because the storage may have been moved since.
-    name = Path(computing.get("run_folder", "")).name
-    return (read_json(Path(plan.job.storage) / name / RUN) or {}).get("run_id") if name else None
+    return products.computing_run(plan.phase_folder(phase)).get("run_id")

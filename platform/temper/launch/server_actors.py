@@ -218,7 +218,7 @@ class WorkerActor:
         self._prepare()
 
     def _prepare(self) -> None:
-        from temper.data.sources import load_splits
+        from temper.data.sources import labelling_of, load_splits
         from temper.engine.deepspeed_setup import device_of
         from temper.engine.parameter_server import DownpourWorker, Replica
         from temper.losses import build_loss
@@ -227,7 +227,7 @@ class WorkerActor:
         job = plan.job
         _enter_process(self._spec.run, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
         self._loss = build_loss(job.loss)
-        self._splits = load_splits(job.data, Path(job.storage), plan.data)
+        self._splits = load_splits(job.data, Path(job.storage), plan.data, labelling_of(job))
         replica = Replica(_build_model(self._spec), self._loss, job.precision, device_of(plan.mesh.device))
         start = find_start(self._spec)
         if start.reader is not None:

@@ -2,7 +2,7 @@
 
 The run's folder is an interface: `job.yaml`, `plan.json`, `run.json` (the MLflow run), `stages.jsonl`,
 `failures.jsonl`, `logs/`. What was computed lies in the phase store, `<storage>/phases/<fingerprint>/`, with the
-`job.yaml` and `plan.json` of the run that computed it.
+`job.yaml` and `plan.json` of the run that computed it. Teachers that are jobs are trained first, each as its own run.
 """
 
 from __future__ import annotations
@@ -27,16 +27,28 @@ from temper.config.schema import JobConfig
 from temper.data.download import fetch_files
 from temper.errors import EXIT_INTERRUPTED, RunError, TemperError
 from temper.files import read_json, read_lines, write_json
-from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
+from temper.launch.cluster import RaySession, cluster_shape, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.phase_store import claim_phases, complete_history, computing_run, forget_phases, is_complete
+from temper.launch.teacher_runs import (
+    TeacherResult,
+    claim_teacher,
+    is_trained,
+    keep_teacher,
+    teacher_results,
+    teacher_tags,
+    teachers_of,
+)
+from temper.launch.teachers import plan_job
 from temper.locks import claimed
-from temper.plan.build import Plan, build_plan
+from temper.plan.build import Plan
+from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
 from temper.run_folder import (
     FAILURES,
     HISTORY,
     JOB,
+    LOCK,
     PHASE_MANIFEST,
     PLAN,
     RUN,
@@ -51,8 +63,6 @@ from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
 STAGE_DELAY_S = 0.5  # longer than a record takes from its worker to the history
-LOCK = "lock"
-"""In a run's folder: held by the command that writes there and delivers to the run in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ class TrainResult:
     checkpoint: str
     metrics: dict[str, float]
     phases: list[PhaseResult] = field(default_factory=list)
+    teachers: list[TeacherResult] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,16 +136,45 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
         # Nothing is there to be reused, and the plan waits for a process that builds the model.
         _begin_imports()
     with ExitStack() as stack:
-        if options.address != "local":
-            stack.enter_context(ray_session(options.address, Path(job.storage) / "logs"))
-        plan = build_plan(job, cluster_shape(options.address), job_folder)
+        session = RaySession(options.address, stack)
+        if not session.is_embedded:
+            session.start(Path(job.storage) / "logs")
+        plan = plan_job(job, cluster_shape(options.address), job_folder)
         stack.enter_context(claimed(plan.run_folder / LOCK, f"{job.name}, {plan.fingerprint[:10]},"))
         pending = _forget(plan, stack) if options.fresh else claim_phases(plan, stack)
+        trained: frozenset[str] = frozenset()
         if pending:
-            _run(plan, pending, job_folder, options, stack)
+            trained = train_teachers(plan, options, session, stack)
+            with _display(options.display, plan) as display:
+                _run(WorkerSpec(plan, pending, import_folders(job_folder)), options.command, session, display)
         else:
             _deliver_late(plan, job_folder, options.command)
-        return _result(plan, pending, time.perf_counter() - started)
+        return _result(plan, pending, time.perf_counter() - started, trained)
+
+
+def train_teachers(plan: Plan, options: TrainOptions, session: RaySession, stack: ExitStack) -> frozenset[str]:
+    """Trains those teachers of `plan` that are jobs and have not been trained, each as a run of its own, with its own
+    teachers before it. Until `stack` is closed none of them is removed. Returns the fingerprints of those trained."""
+    trained = set()
+    for teacher in teachers_of(plan):
+        if not is_trained(teacher) and _train_teacher(teacher, options, session):
+            trained.add(teacher.fingerprint)
+        keep_teacher(teacher, stack)
+    return frozenset(trained)
+
+
+def _train_teacher(teacher: Teacher, options: TrainOptions, session: RaySession) -> bool:
+    """Whether there was something left to train, once no other command trains it."""
+    assert teacher.plan is not None, "any other teacher is trained"
+    title = f"teacher {teacher.name}: "
+    with ExitStack() as stack:
+        with _display(options.display, teacher.plan, title) as display:
+            pending = claim_teacher(teacher, stack, display.stage)
+        if pending:
+            train_teachers(teacher.plan, options, session, stack)
+            with _display(options.display, teacher.plan, title) as display:
+                _run(WorkerSpec(teacher.plan, pending, teacher.import_folders), options.command, session, display)
+    return bool(pending)
 
 
 def _forget(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
@@ -144,7 +184,10 @@ def _forget(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     return phases
 
 
-def _result(plan: Plan, computed: Sequence[PhasePlan], seconds: float) -> TrainResult:
+def _result(
+    plan: Plan, computed: Sequence[PhasePlan], seconds: float, trained: frozenset[str] = frozenset()
+) -> TrainResult:
+    """`computed` are the phases that this command ran, `trained` the fingerprints of the teachers that it trained."""
     missing = next((phase.name for phase in plan.phases if not is_complete(plan, phase)), None)
     if missing is not None:
         raise RunError(f"the run ended without completing {missing}; see {plan.run_folder / 'logs'}")
@@ -169,33 +212,34 @@ def _result(plan: Plan, computed: Sequence[PhasePlan], seconds: float) -> TrainR
         checkpoint=str(plan.phase_folder(plan.phases[-1]) / manifests[-1]["checkpoint"]),
         metrics=manifests[-1]["metrics"],
         phases=phases,
+        teachers=teacher_results(plan, trained),
     )
 
 
-def _run(plan: Plan, pending: tuple[PhasePlan, ...], job_folder: Path, options: TrainOptions, stack: ExitStack) -> None:
-    """Everything between the plan and the manifest of the last phase."""
-    spec = WorkerSpec(plan, pending, import_folders(job_folder))
+def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) -> None:
+    """Everything between the plan and the manifest of the last phase that is to be run."""
+    plan, pending = spec.plan, spec.phases
     _prepare_folders(spec)
-    display = stack.enter_context(_display(options.display, plan))
     for note in plan.notes:
         display.note(note)
     for phase in plan.phases:
-        if phase not in pending:
+        if is_complete(plan, phase):
             display.stage(f"reusing {phase.name}, steps {phase.first_step + 1} to {phase.last_step}")
-    if options.address == "local":
+    if session.is_embedded:
         # The workers would, too; but what is missing is better said before they start.
         fetch_files(plan.job.data.kind)
-    display.stage("starting Ray")
+    if not session.is_started:
+        display.stage("starting Ray")
     _begin_imports()
-    if options.address == "local":
-        stack.enter_context(ray_session("local", plan.run_folder / "logs"))
+    session.start(plan.run_folder / "logs")
     ingest(plan.job.data, plan.data, Path(plan.job.storage), display.stage)
-    tracking = _Tracking(plan, options.command)
+    _cache_teacher(spec, display)
+    tracking = _Tracking(plan, command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
     status: RunStatus = "FAILED"
     try:
         with _stop_on_signal(plan.run_folder / STOP, display) as stop:
-            _fit(spec, display, tracking, embedded=options.address == "local")
+            _fit(spec, display, tracking, embedded=session.is_embedded)
         if stop.is_set() and not all(is_complete(plan, phase) for phase in pending):
             status = "KILLED"
             raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
@@ -204,6 +248,15 @@ def _run(plan: Plan, pending: tuple[PhasePlan, ...], job_folder: Path, options: 
         for phase in pending:
             complete_history(plan, phase)
         tracking.settle(status, display)
+
+
+def _cache_teacher(spec: WorkerSpec, display: Display) -> None:
+    """Asks the teacher about the data set, once for all, where the plan says so."""
+    if spec.plan.distill is not None and spec.plan.distill.cache is not None:
+        # Only now: it imports Ray Data.
+        from temper.launch.teacher_cache import make_cache
+
+        make_cache(spec.plan, spec.import_folders, display.stage)
 
 
 def _begin_imports() -> None:
@@ -259,8 +312,8 @@ class _Tracking:
 
 
 @contextmanager
-def _display(mode: DisplayMode, plan: Plan) -> Iterator[Display]:
-    display = build_display(mode, plan)
+def _display(mode: DisplayMode, plan: Plan, title: str = "") -> Iterator[Display]:
+    display = build_display(mode, plan, title)
     try:
         yield display
     finally:
@@ -274,7 +327,7 @@ def _open_run(plan: Plan, command: str) -> TrackedRun:
     run_id = known.get("run_id") if known.get("uri") == uri else None
     run = TrackedRun(uri, open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command))
     write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
-    log_tags(uri, run.run_id, phase_tags(plan, run.run_id))
+    log_tags(uri, run.run_id, {**phase_tags(plan, run.run_id), **teacher_tags(plan)})
     return run
 
 

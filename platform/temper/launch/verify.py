@@ -19,10 +19,11 @@ from temper.config.schema import JobConfig, ParallelConfig, PrecisionConfig
 from temper.data.download import fetch_files
 from temper.errors import JobError, Problem, RunError
 from temper.files import read_lines, write_json
-from temper.launch.cluster import cluster_shape, prepare_environment, ray_session
+from temper.launch.cluster import RaySession, cluster_shape, prepare_environment
 from temper.launch.ingest import ingest
-from temper.launch.train import import_folders
-from temper.plan.build import Plan, build_plan
+from temper.launch.teachers import plan_job
+from temper.launch.train import TrainOptions, import_folders, train_teachers
+from temper.plan.build import Plan
 from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.run_folder import FAILURES, TraceSpec, TraceTask
@@ -59,25 +60,29 @@ def launch_verify(
 ) -> Certificate:
     """Verifies `job`; `say` is told what is being done, for people.
 
-    The certificate lies in `<run folder>/verify.json` and in an MLflow run of its own. Raises JobError where the job
-    cannot be planned or has no equal in one process, RunError where a step fails.
+    Teachers that have not been trained are trained first. The certificate lies in `<run folder>/verify.json` and in an
+    MLflow run of its own. Raises JobError where the job cannot be planned or has no equal in one process, and RunError
+    where a step fails.
     """
     started = time.perf_counter()
     prepare_environment(address)
     job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
     _check_mode(job)
     with ExitStack() as stack:
-        if address != "local":
-            stack.enter_context(ray_session(address, Path(job.storage) / "logs"))
+        session = RaySession(address, stack)
+        if not session.is_embedded:
+            session.start(Path(job.storage) / "logs")
         cluster = cluster_shape(address)
-        plans = [build_plan(variant, cluster, job_folder) for variant in _precisions(job)]
+        plans = [plan_job(variant, cluster, job_folder) for variant in _precisions(job)]
         references = [_in_one_process(plan, cluster, job_folder) for plan in plans]
-        if address == "local":
+        train_teachers(plans[-1], TrainOptions(address, command=command), session, stack)
+        if session.is_embedded:
             fetch_files(job.data.kind)
+        if not session.is_started:
             say("starting Ray")
-            stack.enter_context(ray_session("local", plans[-1].run_folder / "logs"))
+        session.start(plans[-1].run_folder / "logs")
         ingest(job.data, plans[-1].data, Path(job.storage), say)
-        comparisons = _compare_all(plans, references, steps, job_folder, say, embedded=address == "local")
+        comparisons = _compare_all(plans, references, steps, job_folder, say, embedded=session.is_embedded)
     certificate = _certificate(plans[-1], references[-1], steps, comparisons, time.perf_counter() - started)
     return _keep(certificate, plans[-1], command)
 
@@ -101,7 +106,7 @@ def _in_one_process(plan: Plan, cluster: ClusterShape, job_folder: Path) -> Plan
         device=plan.job.parallel.device,
         cpus_per_worker=plan.job.parallel.cpus_per_worker,
     )
-    return build_plan(plan.job.model_copy(update={"parallel": alone}), cluster, job_folder)
+    return plan_job(plan.job.model_copy(update={"parallel": alone}), cluster, job_folder)
 
 
 def _compare_all(

@@ -24,6 +24,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,10 +32,10 @@ import temper
 from temper.config.schema import ModelConfig
 from temper.errors import JobError, Problem
 from temper.models.build import build_model
-from temper.models.sequence import Layer, layer_sequence
+from temper.models.sequence import Layer, is_plain_sequence, layer_sequence
 from temper.parallel.groups import Group, MeshGroups
 from temper.plan.facts import DataFacts
-from temper.plan.probe import LayerFacts, ModelFacts, PrunableWeight, Timing, Weights, join_weights
+from temper.plan.probe import LayerFacts, ModelFacts, ModuleOutput, PrunableWeight, Timing, Weights, join_weights
 from temper.targets import apply_target_folders
 
 _DEVICES = ("meta", "cpu")
@@ -81,6 +82,7 @@ def measure(model: nn.Module, shape: tuple[int, ...], device: str, dtype: torch.
         output_shape=None if logits is None or logits.dim() == 0 else tuple(logits.shape[1:]),
         layers=_layer_facts(model, shape, device, dtype, outputs),
         prunable=prunable_weights(model),
+        outputs=module_outputs(model, shape, device, dtype),
     )
 
 
@@ -176,6 +178,59 @@ def _weights(module: nn.Module, prefix: str = "") -> Weights:
         sizes=tuple(parameter.numel() for parameter in parameters if parameter.requires_grad),
         buffer_bytes=sum(_num_bytes(buffer) for name, buffer in module.named_buffers() if inside(name)),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+
+def module_outputs(
+    model: nn.Module, shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32
+) -> tuple[ModuleOutput, ...]:
+    """What the modules inside the model give for inputs of `shape` (one example), in the order of their last outputs;
+    those that a forward pass does not call are left out."""
+    small, large = (_outputs(model, _zeros(batch, shape, device, dtype)) for batch in _BATCHES)
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(
+        ModuleOutput(
+            name=names[module],
+            kind=type(module).__name__,
+            shape=_example_shape(small[module][-1], outputs[-1]),
+            calls=len(outputs),
+            last=names[_last_of(module)] if is_plain_sequence(module) else None,
+        )
+        for module, outputs in large.items()
+        if names.get(module)
+    )
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> dict[nn.Module, list[tuple[int, ...] | None]]:
+    """The shapes of what each module gave, None for what is no tensor of floats; in the order of the last outputs."""
+    given: dict[nn.Module, list[tuple[int, ...] | None]] = {}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        is_floats = isinstance(output, Tensor) and output.is_floating_point()
+        given[module] = [*given.pop(module, []), tuple(output.shape) if is_floats else None]
+
+    # Of all modules at once: a module with a hook of its own is no longer cut.
+    hook = register_module_forward_hook(note)
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        hook.remove()
+    return given
+
+
+def _example_shape(small: tuple[int, ...] | None, large: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """From the shapes for the two of `_BATCHES`; None where anything but the first dimension grew with the batch."""
+    if not small or not large or len(large) < 2 or (small[0], large[0]) != _BATCHES or small[1:] != large[1:]:
+        return None
+    return large[1:]
+
+
+def _last_of(module: nn.Module) -> nn.Module:
+    """The module whose output is that of an nn.Sequential, which may end with another one."""
+    return _last_of(module[-1]) if is_plain_sequence(module) and len(module) else module  # type: ignore[arg-type, index]
 
 
 # ------------------------------------------------------------------------------------------------------------ prunable

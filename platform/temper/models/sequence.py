@@ -42,7 +42,7 @@ def layer_sequence(model: nn.Module) -> list[Layer] | None:
 def _chain(model: nn.Module) -> Iterable[Layer] | None:
     if isinstance(model, Layered):
         return model.pipeline_layers()
-    if _is_plain_sequence(model):
+    if is_plain_sequence(model):
         return [("", model)]
     names = _CHAINS.get(f"{type(model).__module__}.{type(model).__qualname__}")
     if names is None or any(getattr(model, flag, False) for flag in _BRANCHES):
@@ -50,7 +50,8 @@ def _chain(model: nn.Module) -> Iterable[Layer] | None:
     return [(name, getattr(model, name) if hasattr(model, name) else _FUNCTIONS[name]()) for name in names]
 
 
-def _is_plain_sequence(module: nn.Module) -> bool:
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether the module only applies its children one after the other, so that a pipeline may cut it."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
@@ -59,7 +60,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _flattened(name: str, module: nn.Module) -> Iterator[Layer]:
-    if not _is_plain_sequence(module) or _is_hooked(module):
+    if not is_plain_sequence(module) or _is_hooked(module):
         yield name, module
         return
     # Not named_children, which leaves out a module that comes a second time.

@@ -100,6 +100,11 @@ class _ByInput(nn.Module):
         raise NotImplementedError
 
 
+def output_parts(layer: _ByOutput) -> tuple[int, tuple[int, ...], Group]:
+    """How to gather what a layer gives that leaves its outputs on their ranks: dim, sizes, group."""
+    return _feature_dim(layer), layer.output_sizes, layer.group
+
+
 def _feature_dim(layer: _ByOutput | _ByInput) -> int:
     """Features or maps come last in a linear layer, and before the spatial dims in a convolution, batched or not."""
     return 1 - layer.weight.dim()

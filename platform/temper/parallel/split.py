@@ -27,6 +27,7 @@ from temper.parallel.layers import (
     apply_output_split,
     is_stacked_attention,
     is_torch_attention,
+    output_parts,
     output_units,
 )
 
@@ -317,6 +318,10 @@ def apply_split(model: nn.Module, splits: Mapping[str, str], groups: MeshGroups)
     for between in (model.get_submodule(name) for pair in pairs for name in pair.between):
         if isinstance(between, nn.Dropout):
             apply_dropout_split(between, groups.tensor)
+    for pair in pairs:
+        first: Any = modules[pair.first]
+        for name in (pair.first, *pair.between):
+            modules[name].temper_parts = output_parts(first)  # type: ignore[assignment]
     if any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
         # In evaluation torch computes a whole nn.TransformerEncoderLayer from its weights, past its modules.
         torch.backends.mha.set_fastpath_enabled(False)

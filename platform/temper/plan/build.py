@@ -15,15 +15,18 @@ from temper.config.schema import JobConfig
 from temper.errors import JobError, Problem
 from temper.plan.checks import check_data, check_model, check_storage, check_tracking
 from temper.plan.deepspeed_config import deepspeed_config, zero_stage
+from temper.plan.distill import DistillPlan, Teacher
 from temper.plan.dsd import expand_phases, pruning_notes
 from temper.plan.facts import DataFacts, data_facts
 from temper.plan.memory import MemoryPlan, plan_memory, stage_weights
 from temper.plan.mesh import BatchPlan, ClusterShape, MeshPlan, check_mesh, plan_batch, plan_mesh
+from temper.plan.pairs import with_connectors
 from temper.plan.phases import PhasePlan, fingerprint, ingredients, plan_steps
 from temper.plan.precision import check_precision_device, local_capability
 from temper.plan.probe import ModelFacts, Timing, model_facts
 from temper.plan.stages import LEAST_MICRO_BATCHES, StagePlan, bubble, plan_stages
 from temper.plan.targets import check_targets, hash_targets
+from temper.plan.teaching import plan_teaching, teaching_ingredients, teaching_notes
 
 Found = TypeVar("Found")
 
@@ -51,6 +54,7 @@ class Plan:
     memory: MemoryPlan
     fingerprint: str
     notes: tuple[str, ...]
+    distill: DistillPlan | None = None
 
     @property
     def run_folder(self) -> Path:
@@ -85,14 +89,15 @@ class Plan:
             "steps": self.steps,
             "phases": [asdict(phase) for phase in self.phases],
             "memory": asdict(self.memory),
+            "distill": None if self.distill is None else self.distill.to_dict(),
             "fingerprint": self.fingerprint,
             "run_folder": str(self.run_folder),
             "notes": list(self.notes),
         }
 
 
-def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
-    """Decide the run of `job` on `cluster`.
+def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path, teachers: Sequence[Teacher] = ()) -> Plan:
+    """Decide the run of `job` on `cluster`; `teachers` are those of its `distill` section, found.
 
     `job_folder` is where the job file lies: data paths and `kind: python` targets are looked for there too. The model
     is built once, in a process of its own, and what was learnt is kept under `<storage>/cache`; nothing else is
@@ -106,7 +111,7 @@ def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
         *check_tracking(job),
         *check_targets(job, job_folder),
     ]
-    data = _collect(problems, lambda: data_facts(job.data, job_folder))
+    data = _collect(problems, lambda: data_facts(job.data, job_folder, taught=job.distill is not None))
     if data is not None:
         problems += check_data(job, data)
     if problems or data is None:
@@ -117,7 +122,7 @@ def build_plan(job: JobConfig, cluster: ClusterShape, job_folder: Path) -> Plan:
     problems += check_model(job, data, model)
     if problems:
         raise JobError(problems)
-    return _decide(job, data, model, cluster, batch, job_folder)
+    return _decide(job, data, model, teachers, cluster, batch, job_folder)
 
 
 def _check_precision(job: JobConfig, cluster: ClusterShape) -> list[Problem]:
@@ -144,7 +149,13 @@ def _timing(job: JobConfig, cluster: ClusterShape, batch: BatchPlan) -> Timing |
 
 
 def _decide(
-    job: JobConfig, data: DataFacts, model: ModelFacts, cluster: ClusterShape, batch: BatchPlan, job_folder: Path
+    job: JobConfig,
+    data: DataFacts,
+    model: ModelFacts,
+    teachers: Sequence[Teacher],
+    cluster: ClusterShape,
+    batch: BatchPlan,
+    job_folder: Path,
 ) -> Plan:
     stages = plan_stages(job, model.layers, batch)
     mesh = replace(
@@ -155,8 +166,13 @@ def _decide(
     )
     steps = plan_steps(job, data)
     recipe = ingredients(job, data, mesh, batch, steps, hash_targets(job, job_folder))
+    distill = plan_teaching(job, data, model, teachers, mesh, batch, job_folder)
+    trained = model  # with what is trained beside the model
+    if distill is not None:
+        recipe["distill"] = teaching_ingredients(job, distill)
+        trained = with_connectors(model, distill.pairs)
     dense = PhasePlan(
-        "dense", "dense", 0, steps, job.optimizer.lr, fingerprint(recipe), _deepspeed(job, model, mesh, batch)
+        "dense", "dense", 0, steps, job.optimizer.lr, fingerprint(recipe), _deepspeed(job, trained, mesh, batch)
     )
     phases = expand_phases(job, data, model.prunable, dense)
     return Plan(
@@ -169,9 +185,14 @@ def _decide(
         batch=batch,
         steps=phases[-1].last_step,
         phases=phases,
-        memory=plan_memory(job, model, mesh, batch),
+        memory=plan_memory(job, trained, mesh, batch, distill),
         fingerprint=phases[-1].fingerprint,
-        notes=(*_notes(job, data, mesh, batch, phases), *pruning_notes(job, model.prunable)),
+        notes=(
+            *_notes(job, data, mesh, batch, phases),
+            *pruning_notes(job, model.prunable),
+            *teaching_notes(job, mesh, batch, distill),
+        ),
+        distill=distill,
     )
 
 

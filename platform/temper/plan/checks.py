@@ -33,6 +33,7 @@ def check_data(job: JobConfig, data: DataFacts) -> list[Problem]:
     problems += _check_epochs(job, data)
     problems += _check_rounds(job, data)
     problems += _check_classes(job, data)
+    problems += _check_omitted(job, data)
     problems += _check_metrics(job, data)
     problems += _check_tokens(job)
     problems += _check_image_blocks(job, data)
@@ -118,6 +119,21 @@ def _check_classes(job: JobConfig, data: DataFacts) -> list[Problem]:
     return []
 
 
+def _check_omitted(job: JobConfig, data: DataFacts) -> list[Problem]:
+    omitted, classes = job.data.omit_classes, data.num_classes
+    if not omitted:
+        return []
+    if classes is None:
+        rule = "needs data with classes, and data.num_classes is not given"
+        return [Problem("data.omit_classes", omitted, rule, "give data.num_classes")]
+    if max(omitted) >= classes:
+        rule = f"names a class that is none of the {classes}"
+        return [Problem("data.omit_classes", omitted, rule, f"use some of 0 to {classes - 1}")]
+    if len(set(omitted)) == classes:
+        return [Problem("data.omit_classes", omitted, "leaves no class to train on", "keep some")]
+    return []
+
+
 def _check_metrics(job: JobConfig, data: DataFacts) -> list[Problem]:
     if data.num_classes is None or data.num_classes >= 5 or "top5_accuracy" not in job.evaluation.metrics:
         return []
@@ -154,10 +170,21 @@ def check_model(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Prob
 
 def _check_outputs(job: JobConfig, data: DataFacts, model: ModelFacts) -> list[Problem]:
     shape = model.output_shape
+    if job.loss.kind == "ctc" and shape:
+        return _check_frames(job, shape, job.loss.blank)
     if job.loss.kind != "cross_entropy" or data.num_classes is None or not shape or shape[-1] >= data.num_classes:
         return []
     rule = f"gives {shape[-1]} outputs per example, and the data has {data.num_classes} classes"
     return [Problem("model", job.model.kind, rule, f"give it {data.num_classes} outputs")]
+
+
+def _check_frames(job: JobConfig, shape: tuple[int, ...], blank: int) -> list[Problem]:
+    if len(shape) != 2:
+        rule = f"gives outputs of the shape {list(shape)} per example, and loss.kind: ctc needs (frames, classes)"
+        return [Problem("model", job.model.kind, rule, "use a model of sequences")]
+    if blank >= shape[1]:
+        return [Problem("loss.blank", blank, f"is none of the model's {shape[1]} classes", f"use 0 to {shape[1] - 1}")]
+    return []
 
 
 def _check_pipeline(job: JobConfig, model: ModelFacts) -> list[Problem]:

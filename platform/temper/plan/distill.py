@@ -25,7 +25,8 @@ CONNECTORS = "distill.connectors"
 class Teacher:
     """A trained network, found or, as a job's last phase, yet to be trained.
 
-    `place` is where its weights are: the folder of a phase or of a checkpoint, or a safetensors file; `kind` says which.
+    `place` is where its weights are, and `kind` what that is: the folder of a phase or of a checkpoint, or a file of
+    safetensors.
     `shape`, `num_classes`, `mean` and `std` are those of the data that it was trained on, None and empty where only the
     network is known. `fingerprint` is over everything that decides its weights. `import_folders` are searched for
     the `kind: python` target of its model. `plan` is that of its job where it is one, to train it by.
@@ -67,7 +68,10 @@ class Connector:
 
 @dataclass(frozen=True)
 class FeaturePair:
-    """A level of the student and the level of teacher `of` that it learns to give. Shapes are those of one example."""
+    """A level of the student and the level of teacher `of` that it learns to give. Shapes are those of one example.
+
+    `last` is, where `student` is an nn.Sequential, the module that gives its output: a pipeline cuts a sequence.
+    """
 
     student: str
     teacher: str
@@ -77,6 +81,17 @@ class FeaturePair:
     student_shape: tuple[int, ...]
     teacher_shape: tuple[int, ...]
     connector: Connector
+    last: str | None = None
+
+    @property
+    def tap(self) -> str:
+        """The module of the student at which the level is seen wherever the student is cut."""
+        return self.last or self.student
+
+    @property
+    def term(self) -> str:
+        """The name of its term of the loss; pairs of one level share it."""
+        return f"features/{self.student}"
 
 
 @dataclass(frozen=True)
@@ -98,13 +113,15 @@ class CachePlan:
 @dataclass(frozen=True)
 class DistillPlan:
     """`rows` is the number of examples in every forward pass of the teacher, the last of which is filled up: so what it
-    says of an example depends on no batch. `cache` is None where the teacher is live."""
+    says of an example depends on no batch. `cache` is None where the teacher is live. `evaluation` is the file that
+    has, or will have, the teacher's metrics on the student's test split."""
 
     teachers: tuple[Teacher, ...]
     facts: tuple[ModelFacts, ...]
     pairs: tuple[FeaturePair, ...]
     rows: int
     cache: CachePlan | None
+    evaluation: Path
 
     def to_dict(self) -> dict[str, Any]:
         cache = None if self.cache is None else {**asdict(self.cache), "folder": str(self.cache.folder)}
@@ -113,4 +130,5 @@ class DistillPlan:
             "pairs": [asdict(pair) for pair in self.pairs],
             "rows": self.rows,
             "cache": cache,
+            "evaluation": str(self.evaluation),
         }

@@ -28,15 +28,19 @@ from temper.plan.user_files import (
 
 Size = tuple[int, int]
 
+NO_LABEL = -100
+"""The target of an example, or of one of its positions, that has no label."""
+
 
 @dataclass(frozen=True)
 class DataFacts:
     """A data set as the plan sees it.
 
-    `train_examples` already excludes the held-out ones. `shape` is that of one example after the transforms, images as
-    (channels, height, width). `mean` and `std` are what inputs scaled to 0…1 are normalised with, per channel; empty:
-    inputs are used as they are. `fingerprint` is over everything that decides the stored examples; it leaves out how a
-    job uses them (holdout, transforms, batches). `folder` is where a user's own files lie, empty for other kinds.
+    `train_examples` already excludes the held-out ones, and the `left_out_examples`, which have no label. `shape` is
+    that of one example after the transforms, images as (channels, height, width). `mean` and `std` are what inputs
+    scaled to 0…1 are normalised with, per channel; empty: inputs are used as they are. `fingerprint` is over everything
+    that decides the stored examples; it leaves out how a job uses them (holdout, transforms, batches). `folder` is
+    where a user's own files lie, empty for other kinds.
     """
 
     train_examples: int
@@ -48,10 +52,14 @@ class DataFacts:
     std: tuple[float, ...]
     fingerprint: str
     folder: str = ""
+    left_out_examples: int = 0
 
 
-def data_facts(config: DataConfig, job_folder: Path) -> DataFacts:
+def data_facts(config: DataConfig, job_folder: Path, *, taught: bool = False) -> DataFacts:
     """Find the facts of `config`'s data. `data.path` is looked for in the working directory, then in `job_folder`.
+
+    `taught`: a teacher has something to say of examples without a label, so that they are trained on as well.
+    `data.omit_classes` changes no number, because nothing reads the labels here.
 
     Reads listings and headers only; a built-in set need not be there yet. Raises JobError with every problem found.
     """
@@ -64,10 +72,13 @@ def data_facts(config: DataConfig, job_folder: Path) -> DataFacts:
     if config.holdout >= found.train_examples:
         rule = f"leaves no training examples: there are {found.train_examples}"
         problems.append(Problem("data.holdout", config.holdout, rule, f"hold out at most {found.train_examples - 1}"))
+    training = found.train_examples - config.holdout
+    problems += _check_labels(config.labels, training, taught)
     if problems:
         raise JobError(problems)
+    left_out = 0 if taught else training - labelled_examples(config.labels, training)
     return DataFacts(
-        train_examples=found.train_examples - config.holdout,
+        train_examples=training - left_out,
         validation_examples=config.holdout,
         test_examples=found.test_examples,
         shape=shape,
@@ -76,7 +87,23 @@ def data_facts(config: DataConfig, job_folder: Path) -> DataFacts:
         std=std,
         fingerprint=_fingerprint(config.kind, found.ingredients),
         folder=str(find_data_folder(config.path, job_folder)) if isinstance(config, FileData) else "",
+        left_out_examples=left_out,
     )
+
+
+def labelled_examples(share: float, count: int) -> int:
+    """How many of `count` training examples have a label where `data.labels` is `share`."""
+    return round(share * count)
+
+
+def _check_labels(share: float, training: int, taught: bool) -> list[Problem]:
+    if training <= 0 or labelled_examples(share, training) > 0 or (share == 0 and taught):
+        return []
+    if share == 0:
+        rule = "leaves nothing to train on: examples without a label are there for distillation only"
+        return [Problem("data.labels", share, rule, "use more than 0, or distill from a teacher (distill)")]
+    rule = f"is less than half of one of the {training} training examples"
+    return [Problem("data.labels", share, rule, f"use at least {1 / training:.2g}")]
 
 
 def _fingerprint(kind: str, ingredients: Any) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from temper.config.schema import JobConfig
 from temper.plan.deepspeed_config import bucket_elements, zero_stage
+from temper.plan.distill import DistillPlan
 from temper.plan.dsd import resolve_layers
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.plan.probe import ModelFacts, Weights, join_weights
@@ -41,6 +43,8 @@ class MemoryPlan:
     - `buckets`: buffers in which gradients are gathered to be reduced
     - `masks`: in sparse phases; a byte for each element of the masters, also of layers that stay dense, since ZeRO
       flattens them together
+    - `teacher`: the weights of live teachers, replicated or sharded, and the logits and features of a micro-batch; in a
+      pipeline of all micro-batches
     - `server`: one shard of a parameter server: its part of the weights, of the masks and of the optimizer's state
     """
 
@@ -54,11 +58,13 @@ class MemoryPlan:
     server: int = 0
     masks: int = 0
     host_masks: int = 0
+    teacher: int = 0
 
     @property
     def device_bytes(self) -> int:
         """All that lies on the rank's device."""
-        return self.parameters + self.gradients + self.optimizer_state + self.activations + self.buckets + self.masks
+        trained = self.parameters + self.gradients + self.optimizer_state + self.activations + self.buckets
+        return trained + self.masks + self.teacher
 
     @property
     def host_bytes(self) -> int:
@@ -83,13 +89,30 @@ class _Shares:
     persistent: int
 
 
-def plan_memory(job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchPlan) -> MemoryPlan:
+def plan_memory(
+    job: JobConfig, model: ModelFacts, mesh: MeshPlan, batch: BatchPlan, distill: DistillPlan | None = None
+) -> MemoryPlan:
     """Memory of the rank that holds most, for the job's mesh, ZeRO stage, precision, optimizer and offload."""
     if job.parallel.mode == "parameter_server":
         return _worker_and_server(job, model, batch)
     parts = _parts(model, mesh, batch)
     masked = _is_masked(job, model)
-    return max((_rank_memory(job, part, mesh, batch, masked) for part in parts), key=lambda memory: memory.device_bytes)
+    ranks = (_rank_memory(job, part, mesh, batch, masked) for part in parts)
+    largest = max(ranks, key=lambda memory: memory.device_bytes)
+    return largest if distill is None else replace(largest, teacher=_teacher_memory(job, distill, mesh, batch))
+
+
+def _teacher_memory(job: JobConfig, plan: DistillPlan, mesh: MeshPlan, batch: BatchPlan) -> int:
+    assert job.distill is not None, "the plan is that of its section"
+    said = sum(math.prod(pair.teacher_shape) for pair in plan.pairs) + math.prod(plan.facts[0].output_shape or ())
+    signals = BYTES[job.distill.signals] * said * (batch.rank_batch if mesh.pipeline > 1 else batch.micro_batch)
+    if plan.cache is not None and (plan.cache.features or not plan.pairs):
+        return signals
+    weights = 0
+    for teacher, facts in zip(plan.teachers, plan.facts, strict=True):
+        whole = BYTES[teacher.precision] * facts.num_parameters
+        weights += facts.buffer_bytes + (-(-whole // mesh.world_size) if job.distill.placement == "sharded" else whole)
+    return weights + signals
 
 
 def stage_weights(model: ModelFacts, mesh: MeshPlan) -> list[Weights]:

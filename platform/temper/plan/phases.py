@@ -17,7 +17,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.schedules import Schedule, build_schedule
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised with every change after which the same job gives other numbers; stored phases are then not reused."""
 
 _LOSS_SCALING = ("loss_scale", "initial_scale", "scale_window", "hysteresis", "min_scale")
@@ -100,7 +100,8 @@ def ingredients(
       models.
     - `model`: its section, the number of classes filled in from the data.
     - `data`: fingerprint of the examples, and what is done to them in training: holdout, augmentation, normalisation,
-      global batch. Not `eval_transforms` and `loader_processes`, which no weight depends on.
+      global batch, and the labels and classes that are taken away, where there are such. Not `eval_transforms` and
+      `loader_processes`, which no weight depends on.
     - `loss`, `optimizer`: their sections. The schedule depends on `steps`, which is an ingredient of its own.
     - `precision`: only the type where it is not fp16; the loss scale acts on nothing else. Parts that are switched off,
       and what is done at the least scale where that is not to stop.
@@ -141,6 +142,11 @@ def _model(job: JobConfig, data: DataFacts) -> dict[str, Any]:
 
 
 def _data(job: JobConfig, data: DataFacts) -> dict[str, Any]:
+    taken_away: dict[str, Any] = {}
+    if job.data.labels < 1:
+        taken_away["labels"] = job.data.labels
+    if job.data.omit_classes:
+        taken_away["omit_classes"] = sorted(job.data.omit_classes)
     return {
         "fingerprint": data.fingerprint,
         "holdout": job.data.holdout,
@@ -148,6 +154,7 @@ def _data(job: JobConfig, data: DataFacts) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "global_batch": job.data.global_batch,
+        **taken_away,
     }
 
 

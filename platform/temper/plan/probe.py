@@ -29,7 +29,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.phases import fingerprint, library_versions
 from temper.plan.targets import hash_targets, local_folders
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Raised when temper's probe or its own models change, so that answers kept from before are not used."""
 
 _TIMEOUT_S = 600
@@ -93,6 +93,25 @@ class PrunableWeight:
 
 
 @dataclass(frozen=True)
+class ModuleOutput:
+    """What a module gives in a forward pass: `shape` is that of one example, None where it is not one tensor of floats
+    with the batch first. `kind` is the module's class, `calls` how often it is called. `last` is, of an nn.Sequential,
+    the module that gives its output, however deep: a pipeline cuts a sequence, and that module is left.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    calls: int
+    last: str | None = None
+
+    @property
+    def tap(self) -> str:
+        """The module at which the output can be seen wherever the model is cut."""
+        return self.last or self.name
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model as the plan sees it. Bytes are at fp32; a multiply-add counts as two FLOPs.
 
@@ -102,6 +121,7 @@ class ModelFacts:
     empty where the model is not a sequence of layers. `splits` tells how the work of the modules named is split over
     the tensor ranks, and `part` what the first of them holds, which holds most; None without tensor parallelism.
     `prunable` are, in the model's order, the whole weights that are neither biases nor a norm's nor an embedding's.
+    `outputs` are of the modules inside the model that a forward pass calls, in the order of their last outputs.
     """
 
     num_parameters: int
@@ -115,6 +135,7 @@ class ModelFacts:
     splits: Mapping[str, str] = field(default_factory=dict)
     part: Weights | None = None
     prunable: tuple[PrunableWeight, ...] = ()
+    outputs: tuple[ModuleOutput, ...] = ()
 
     @property
     def weights(self) -> Weights:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from temper.config.schema import JobConfig, PrecisionConfig
+from temper.config.schema import DistillConfig, JobConfig, PrecisionConfig, RampConfig
 from temper.plan.build import Plan
+from temper.plan.distill import DistillPlan, FeaturePair, Teacher
 from temper.plan.dsd import count_pruned
 from temper.plan.memory import MemoryPlan
 from temper.plan.phases import PhasePlan, Pruning, learning_rate, phase_schedule
-from temper.plan.probe import PrunableWeight
+from temper.plan.probe import ModelFacts, PrunableWeight
 from temper.plan.stages import StagePlan, bubble, imbalance
 
 Row = tuple[str, str]
@@ -78,8 +79,60 @@ def _how(plan: Plan) -> Sequence[Row]:
         ("batch", _batch(plan)),
         ("optimizer", f"{job.optimizer.kind}, lr {job.optimizer.lr:g}" + _clipping(job)),
         ("schedule", _schedule(plan)),
+        *_teaching_rows(plan),
         *[row for phase in plan.phases for row in _phase_rows(plan, phase)],
     ]
+
+
+def _teaching_rows(plan: Plan) -> Sequence[Row]:
+    distill, plans = plan.job.distill, plan.distill
+    if distill is None or plans is None:
+        return []
+    rows = [("teacher", _teacher(teacher, facts)) for teacher, facts in zip(plans.teachers, plans.facts, strict=True)]
+    soft = f"T {_ramp(distill.temperature)}, alpha {_ramp(distill.alpha)}, {distill.loss.replace('_', ' ')}"
+    rows.append(("soft targets", soft + (", logits standardized" if distill.standardize else "")))
+    rows += [("level", _pair(pair, len(plans.teachers))) for pair in plans.pairs]
+    return [*rows, ("teaching", _placement(plan, plans, distill))]
+
+
+def _teacher(teacher: Teacher, facts: ModelFacts) -> str:
+    state = "to be trained first unless it has been" if teacher.plan is not None else f"from {teacher.place}"
+    return (
+        f"{teacher.name}: {teacher.model.kind}, {facts.num_parameters:,} parameters in {teacher.precision}, "
+        f"{teacher.fingerprint[:10]}…, {state}"
+    )
+
+
+def _ramp(value: float | RampConfig) -> str:
+    return f"{value.start:g} → {value.end:g} ({value.kind})" if isinstance(value, RampConfig) else f"{value:g}"
+
+
+def _pair(pair: FeaturePair, teachers: int) -> str:
+    """e.g. `layer2 16×14×14 → conv1x1 → layer2 64×14×14, mse, weight 1`."""
+    student, teacher = (_TIMES.join(map(str, shape)) for shape in (pair.student_shape, pair.teacher_shape))
+    which = f" of teacher {pair.of}" if teachers > 1 else ""
+    steps = [f"{pair.student} {student}", *_connector(pair), f"{pair.teacher}{which} {teacher}"]
+    return f"{' → '.join(steps)}, {pair.loss.replace('_', ' ')}, weight {pair.weight:g}"
+
+
+def _connector(pair: FeaturePair) -> Sequence[str]:
+    connector = pair.connector
+    resized = "attention " if pair.loss == "attention_transfer" else ""
+    return [
+        *(["mean"] if connector.pool else []),
+        *([connector.kind] if connector.kind != "none" else []),
+        *([f"{resized}to {_TIMES.join(map(str, connector.size))}"] if connector.size else []),
+    ]
+
+
+def _placement(plan: Plan, plans: DistillPlan, distill: DistillConfig) -> str:
+    if plans.cache is None:
+        where = "whole on every rank" if distill.placement == "replicated" else "shared out by ZeRO-3"
+        return f"live, {where}, {plans.rows} examples in a pass"
+    views = f"{_count(plans.cache.views, 'view')} of " if distill.views else ""
+    kept = f"the {plans.cache.top_k} largest logits" if plans.cache.top_k else "all logits"
+    what = f"{kept}{' and features' if plans.cache.features else ''} in {distill.signals}"
+    return f"computed once for {views}{plan.data.train_examples:,} examples ({what}), kept in {plans.cache.folder}"
 
 
 def _mesh(plan: Plan) -> str:
@@ -328,6 +381,7 @@ def _parts(memory: MemoryPlan) -> str:
         "activations": memory.activations,
         "buckets": memory.buckets,
         **({"masks": memory.masks} if memory.masks else {}),
+        **({"teacher": memory.teacher} if memory.teacher else {}),
     }
     return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
 

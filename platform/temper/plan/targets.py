@@ -44,11 +44,12 @@ def job_targets(job: JobConfig) -> list[Target]:
 
 
 def check_targets(job: JobConfig, job_folder: Path) -> list[Problem]:
-    """Targets whose file cannot be found, cannot be parsed, or does not name the function."""
-    return [problem for target in job_targets(job) if (problem := _check_target(target, job_folder)) is not None]
+    """What is wrong with the job's targets; see :func:`check_target`."""
+    return [problem for target in job_targets(job) if (problem := check_target(target, job_folder)) is not None]
 
 
-def _check_target(target: Target, job_folder: Path) -> Problem | None:
+def check_target(target: Target, job_folder: Path) -> Problem | None:
+    """What is wrong with a target: its file cannot be found, cannot be parsed, or does not name the function."""
     file = find_module(target.module, job_folder)
     if file is None:
         folders = f"neither on Python's path nor in the working directory or {job_folder}"

@@ -29,7 +29,7 @@ class WatchedStep:
 
     step: int
     inputs: Tensor
-    targets: Tensor
+    targets: Any
     seed: int
     applied: bool
     loss_scale: float | None
@@ -46,7 +46,7 @@ class Watchable(Protocol):
     def twin(self, dtype: torch.dtype) -> nn.Module:
         """A plain copy of the model with the weights that the forward pass uses, cast to `dtype`. Collective."""
 
-    def micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, inputs: Tensor, targets: Any) -> Iterator[tuple[Tensor, Any]]:
         """The micro-batches of a step as the model is given them."""
 
     def seed(self, seed: int) -> None:

@@ -1,6 +1,6 @@
 """MLflow: where a run is recorded, opening and closing it, and its metrics as a sink of records.
 
-The only module that imports mlflow, and only inside functions, because the import alone takes one to three seconds.
+This module and :mod:`registry` import mlflow, and only inside functions, because the import takes one to three seconds.
 A fresh SQLite store costs three more (MLflow's own migrations), so the driver opens the run beside Ray's start-up.
 """
 
@@ -58,6 +58,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -148,7 +149,7 @@ def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, 
         remedy = "start the server or set tracking.uri"
         if "schema" in str(error) and "upgrade" in str(error):
             remedy = "run `mlflow db upgrade` on it, after a backup"
-        raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {_first_line(error)}; {remedy}") from error
+        raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {first_line(error)}; {remedy}") from error
     return str(run.info.run_id)
 
 
@@ -159,7 +160,7 @@ def log_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     try:
         build_client(uri).log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
     except Exception as error:  # as in open_run
-        raise RunError(f"tracking.uri: {redact_text(uri)} does not take tags: {_first_line(error)}") from error
+        raise RunError(f"tracking.uri: {redact_text(uri)} does not take tags: {first_line(error)}") from error
 
 
 def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdict: str) -> None:
@@ -174,7 +175,7 @@ def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdi
         client.set_tag(run_id, "mlflow.runName", f"{certificate['job']} verify")
     except Exception as error:  # as in open_run
         what = f"tracking.uri: {redact_text(uri)} does not take the certificate"
-        raise RunError(f"{what}: {_first_line(error)}") from error
+        raise RunError(f"{what}: {first_line(error)}") from error
 
 
 def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
@@ -185,7 +186,7 @@ def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
             client.log_text(run_id, text, path)
     except Exception as error:  # as in open_run
         what = f"tracking.uri: {redact_text(uri)} does not take {', '.join(texts)}"
-        raise RunError(f"{what}: {_first_line(error)}") from error
+        raise RunError(f"{what}: {first_line(error)}") from error
 
 
 def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0) -> bool:
@@ -201,7 +202,7 @@ def _persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
             return True
         except Exception as error:
             if time.monotonic() >= deadline:
-                log.warning("MLflow did not take the %s: %s", what, _first_line(error))
+                log.warning("MLflow did not take the %s: %s", what, first_line(error))
                 return False
         time.sleep(0.5)
 
@@ -260,7 +261,7 @@ def _user() -> str:
         return f"uid-{os.getuid()}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return redact_text(next(iter(str(error).splitlines()), "") or type(error).__name__)
 
 
@@ -323,7 +324,7 @@ def _tags(plan: Plan, git: GitState | None, command: str) -> dict[str, str]:
 
 def _artifacts(plan: Plan, git: GitState | None, job_yaml: str) -> dict[str, str]:
     artifacts = {
-        "job.yaml": _redact_yaml(job_yaml),
+        "job.yaml": redact_yaml(job_yaml),
         "plan.json": json.dumps(redact_values(plan.to_dict()), indent=2) + "\n",
         "environment.txt": environment_text(),
     }
@@ -334,7 +335,7 @@ def _artifacts(plan: Plan, git: GitState | None, job_yaml: str) -> dict[str, str
     return artifacts
 
 
-def _redact_yaml(text: str) -> str:
+def redact_yaml(text: str) -> str:
     """The file as it was written where that is safe; otherwise, as for a secret over several lines, written anew."""
     values = yaml.safe_load(text)
     redacted = redact_values(values)
@@ -369,7 +370,7 @@ class RunMetrics:
                 self._client.log_batch(self._run_id, metrics=part, tags=tags, synchronous=True)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE" and self._run_is_active():
-                raise RefusedError(_first_line(error)) from error
+                raise RefusedError(first_line(error)) from error
             raise
 
     def _run_is_active(self) -> bool:

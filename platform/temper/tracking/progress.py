@@ -139,15 +139,18 @@ class Display(Protocol):
         """The end; nothing is shown afterwards but `summary`."""
 
 
-def build_display(mode: DisplayMode, plan: Plan) -> Display:
-    """`live` falls back to `plain` where standard error is no terminal; `quiet` shows notes and the summary only."""
+def build_display(mode: DisplayMode, plan: Plan, title: str = "") -> Display:
+    """`live` falls back to `plain` where standard error is no terminal; `quiet` shows notes and the summary only.
+
+    Every line begins with the `title`, of a run that is a part of another command's.
+    """
     if mode == "live":
         from rich.console import Console
 
         console = Console(stderr=True)
         if console.is_terminal and not console.is_dumb_terminal:
-            return LiveDisplay(plan, console)
-    return PlainDisplay(plan, sys.stderr, notes_only=mode == "quiet")
+            return LiveDisplay(plan, console, title=title)
+    return PlainDisplay(plan, sys.stderr, notes_only=mode == "quiet", title=title)
 
 
 class PlainDisplay:
@@ -159,9 +162,11 @@ class PlainDisplay:
         stream: TextIO,
         *,
         notes_only: bool = False,
+        title: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
+        self._title = title
         self._stream = stream
         self._notes_only = notes_only
         self._clock = clock
@@ -202,7 +207,7 @@ class PlainDisplay:
         return f"{phase}step {progress.step:>{width}}/{plan.steps}  " + "  ".join(texts)
 
     def _print(self, text: str) -> None:
-        self._write(f"{self._clock() - self._started_s:5.0f} s  {text}")
+        self._write(f"{self._clock() - self._started_s:5.0f} s  {self._title}{text}")
 
     def _write(self, line: str) -> None:
         # A reader that went away must not end the training.
@@ -214,10 +219,13 @@ class PlainDisplay:
 class LiveDisplay:
     """A panel that is redrawn in place; finished stages and notes scroll by above it."""
 
-    def __init__(self, plan: Plan, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, plan: Plan, console: Console, *, title: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         from rich.live import Live
 
         self._plan = plan
+        self._title = title
         self._console = console
         self._clock = clock
         self._progress = Progress()
@@ -229,7 +237,7 @@ class LiveDisplay:
 
     def stage(self, text: str) -> None:
         self._finish_stage()
-        self._stage, self._stage_started_s = text, self._clock()
+        self._stage, self._stage_started_s = f"{self._title}{text}", self._clock()
 
     def records(self, records: Sequence[Record]) -> None:
         if records:
@@ -242,7 +250,7 @@ class LiveDisplay:
     def note(self, text: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text(text, style="yellow"))
+        self._console.print(Text(f"{self._title}{text}", style="yellow"))
 
     def close(self, summary: str = "") -> None:
         self._finish_stage()

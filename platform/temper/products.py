@@ -1,0 +1,149 @@
+"""What a reference leads to: the folder of a run, a phase, a checkpoint or an export, and the job that it came from.
+
+Only small files are read, and no torch is imported, so that a plan can find a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from temper.config.load import load_job
+from temper.config.schema import JobConfig
+from temper.errors import CheckpointError, JobError, Problem
+from temper.files import read_json
+from temper.run_folder import CHECKPOINT_MANIFEST, CHECKPOINTS, JOB, PHASE_MANIFEST, PLAN, RUN
+
+MODEL = "model.safetensors"
+"""The weights in an export's folder, beside its `job.yaml`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A phase, or one of its checkpoints, on the disk.
+
+    `folder` is the phase's or the checkpoint's. `job` and `plan` (as JSON has it) are those of the run that was asked
+    for, else of the one that computed the phase.
+    """
+
+    kind: Literal["phase", "checkpoint"]
+    folder: Path
+    phase: str
+    fingerprint: str
+    job: JobConfig
+    plan: Mapping[str, Any]
+
+    @property
+    def phase_folder(self) -> Path:
+        return self.folder if self.kind == "phase" else self.folder.parent.parent
+
+    @property
+    def import_folders(self) -> tuple[str, ...]:
+        """Where the `kind: python` targets of the job were."""
+        return tuple(self.plan.get("import_folders", ()))
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """`run.json` of the run: its MLflow id and store; empty where that is gone."""
+        return _run_record(self.phase_folder, self.plan)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the phase came to its end, or the checkpoint is whole."""
+        if self.kind == "checkpoint":
+            return read_json(self.folder / CHECKPOINT_MANIFEST) is not None
+        manifest = read_json(self.folder / PHASE_MANIFEST)
+        return manifest is not None and (self.folder / manifest["checkpoint"] / CHECKPOINT_MANIFEST).is_file()
+
+
+def find_place(reference: str, storage: Path, phase: str | None = None) -> Place:
+    """What an MLflow run's id means, or the folder of a run, a phase or a checkpoint.
+
+    `phase` names one of a run's phases; by default it is the last.
+
+    Raises:
+        JobError: there is no such thing, or the run has no such phase.
+        CheckpointError: its folder lacks what says where it came from.
+    """
+    return open_place(find_folder(reference, storage), phase, reference)
+
+
+def open_place(folder: Path, phase: str | None, reference: str) -> Place:
+    """The phase or checkpoint of the folder that `reference` led to; see :func:`find_place`."""
+    if is_phase(folder) or is_checkpoint(folder):
+        if phase is not None:
+            raise JobError([Problem("--phase", phase, f"names a phase of a run, and {folder} is none", "leave it out")])
+        return _open_phase(folder) if is_phase(folder) else _open_checkpoint(folder)
+    plan = read_json(folder / PLAN)
+    if plan is None:
+        rule = "is neither a run, nor a phase, nor a checkpoint"
+        raise JobError(
+            [Problem("RUN|CHECKPOINT", reference, rule, "give a run's id or folder, or a checkpoint's folder")]
+        )
+    fingerprint = choose_phase({item["name"]: item["fingerprint"] for item in plan["phases"]}, phase)
+    place = _open_phase(folder.parent / "phases" / fingerprint)
+    return replace(place, job=load_job(folder / JOB), plan=plan)
+
+
+def choose_phase(phases: Mapping[str, str], phase: str | None) -> str:
+    """The fingerprint of the phase of this name, by default of the last, out of those by name. Raises JobError."""
+    name = phase or list(phases)[-1]
+    if name not in phases:
+        raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
+    return phases[name]
+
+
+def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> Path:
+    """The folder that `reference` is, or that of the run with this MLflow id. Raises JobError where there is none."""
+    folder = Path(reference) if Path(reference).is_dir() else find_run(reference, storage)
+    if folder is None:
+        rule = f"is no folder, and no run in {storage} has this id"
+        raise JobError([Problem(key, reference, rule, "name the storage of the run with --storage")])
+    return folder.absolute()
+
+
+def find_run(run_id: str, storage: Path) -> Path | None:
+    """The folder in `storage` of the run with this MLflow id."""
+    records = sorted(storage.glob(f"*/{RUN}"))
+    return next((record.parent for record in records if (read_json(record) or {}).get("run_id") == run_id), None)
+
+
+def is_phase(folder: Path) -> bool:
+    return folder.parent.name == "phases" or (folder / CHECKPOINTS).is_dir()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return folder.parent.name == CHECKPOINTS
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / MODEL).is_file() and (folder / JOB).is_file()
+
+
+def computing_run(phase_folder: Path) -> dict[str, Any]:
+    """`run.json` of the run in whose folder the phase's folder says that it was computed; empty where that is gone."""
+    return _run_record(phase_folder, read_json(phase_folder / PLAN) or {})
+
+
+def _run_record(phase_folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    # By its name, because the storage may have been moved since.
+    name = Path(plan.get("run_folder", "")).name
+    return (read_json(phase_folder.parent.parent / name / RUN) or {}) if name else {}
+
+
+def _open_phase(folder: Path) -> Place:
+    plan = read_json(folder / PLAN)
+    if plan is None:
+        raise CheckpointError(f"{folder}: {PLAN} is missing, so it is unknown which job this phase belongs to")
+    # A folder that was copied elsewhere has another name, and still its manifest.
+    fingerprint = (read_json(folder / PHASE_MANIFEST) or {}).get("fingerprint", folder.name)
+    names = [item["name"] for item in plan["phases"] if item["fingerprint"] == fingerprint]
+    if not names:
+        raise CheckpointError(f"{folder}: is not named by the fingerprint of a phase in its {PLAN}; rename it back")
+    return Place("phase", folder, names[0], fingerprint, load_job(folder / JOB), plan)
+
+
+def _open_checkpoint(folder: Path) -> Place:
+    return replace(_open_phase(folder.parent.parent), kind="checkpoint", folder=folder)
