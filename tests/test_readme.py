@@ -14,7 +14,7 @@ import yaml
 from temper import cli, errors
 from temper.config.compose import compose_table
 from temper.config.load import load_job
-from temper.config.schema import DSDConfig
+from temper.config.schema import DistillConfig, DSDConfig
 from temper.data import sources
 from temper.models import build as models
 from temper.plan.build import build_plan
@@ -159,7 +159,7 @@ def test_every_kind_is_in_its_table(title: str, kinds: set[str]) -> None:
 
 
 def test_the_first_own_job_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (model,), (job, _) = blocks("python"), blocks("yaml")
+    (model,), (job, *_) = blocks("python"), blocks("yaml")
     assert len([line for line in (model + job).splitlines() if line.strip()]) <= 20
     (tmp_path / "mynet.py").write_text(model)
     (tmp_path / "mynet.yaml").write_text(job)
@@ -175,8 +175,14 @@ def test_the_first_own_job_can_be_planned(tmp_path: Path, monkeypatch: pytest.Mo
         assert changed != plan.job
 
 
+def test_the_distillation_shown_is_legal() -> None:
+    shown = DistillConfig.model_validate(yaml.safe_load(blocks("yaml")[1])["distill"])
+    assert [pair.loss for pair in shown.features] == ["mse", "attention_transfer"]
+    assert shown.cache == "features"
+
+
 def test_the_rounds_shown_are_legal() -> None:
-    shown = yaml.safe_load(blocks("yaml")[1])
+    shown = yaml.safe_load(blocks("yaml")[2])
     assert [round_.sparsity for round_ in DSDConfig.model_validate(shown["dsd"]).rounds] == [
         0.5,
         {"rnn.*": 0.25, "fc": 0.4},

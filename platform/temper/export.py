@@ -150,7 +150,7 @@ Trained by temper: phase `{product.phase}`, {product.checkpoint.name}, seed {job
 * data: {job.data.kind}, {facts.train_examples} training examples of shape {list(facts.shape)}; inputs are scaled
   to 0…1, then normalised with mean {list(facts.mean)} and standard deviation {list(facts.std)}
 * model: `{section}`, {facts.num_classes} classes, {sum(param.numel() for param in model.parameters()):,} parameters
-* precision of training: {job.precision.dtype}; the weights in `model.safetensors` are the fp32 masters
+{_teachers(job)}* precision of training: {job.precision.dtype}; the weights in `model.safetensors` are the fp32 masters
 * fingerprint of the phase: `{product.fingerprint}`; `temper train job.yaml` repeats it
 
 ## Use in plain PyTorch
@@ -168,6 +168,14 @@ where `model` is
 {model}
 ```
 {_masks_section(masks) if masks else ""}"""
+
+
+def _teachers(job: JobConfig) -> str:
+    if job.distill is None:
+        return ""
+    named = job.distill.teacher if isinstance(job.distill.teacher, list) else [job.distill.teacher]
+    names = [teacher if isinstance(teacher, str) else teacher.source or teacher.weights for teacher in named]
+    return f"* distilled from {', '.join(f'`{name}`' for name in names)}\n"
 
 
 def _masks_section(masks: dict[str, Tensor]) -> str:

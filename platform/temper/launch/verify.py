@@ -66,7 +66,7 @@ def launch_verify(
     """
     started = time.perf_counter()
     prepare_environment(address)
-    job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
+    job = _with_live_teacher(job.model_copy(update={"storage": str(Path(job.storage).absolute())}))
     _check_mode(job)
     with ExitStack() as stack:
         session = RaySession(address, stack)
@@ -93,6 +93,13 @@ def _check_mode(job: JobConfig) -> None:
         raise JobError([Problem("parallel.mode", job.parallel.mode, rule, "verify it with mode: synchronous")])
 
 
+def _with_live_teacher(job: JobConfig) -> JobConfig:
+    """A few steps need no cache, and what it says is what the teacher says; but for `top_k`, which no mesh acts on."""
+    if job.distill is None:
+        return job
+    return job.model_copy(update={"distill": job.distill.model_copy(update={"cache": "none", "top_k": None})})
+
+
 def _precisions(job: JobConfig) -> list[JobConfig]:
     exact = job.model_copy(update={"precision": PrecisionConfig()})
     return [exact] if job.precision.dtype == "fp32" else [exact, job]
@@ -106,7 +113,11 @@ def _in_one_process(plan: Plan, cluster: ClusterShape, job_folder: Path) -> Plan
         device=plan.job.parallel.device,
         cpus_per_worker=plan.job.parallel.cpus_per_worker,
     )
-    return plan_job(plan.job.model_copy(update={"parallel": alone}), cluster, job_folder)
+    update: dict[str, Any] = {"parallel": alone}
+    if plan.job.distill is not None and plan.distill is not None:
+        teaching = {"placement": "replicated", "teacher_batch": plan.distill.rows}
+        update["distill"] = plan.job.distill.model_copy(update=teaching)
+    return plan_job(plan.job.model_copy(update=update), cluster, job_folder)
 
 
 def _compare_all(
