@@ -409,7 +409,16 @@ def test_a_right_job_breaks_no_rule():
             "acts on a live teacher only, and distill.cache is logits",
         ),
         ([TAUGHT, "distill.teacher_batch=33", "parallel.workers=2"], "distill.teacher_batch", "use at most 32"),
-        ([TAUGHT, "parallel.mode=parameter_server"], "distill", "workers of a parameter server do neither"),
+        (
+            [TAUGHT, "parallel.mode=parameter_server", "distill.features=auto"],
+            "distill.features",
+            "a parameter server holds the parameters of the model alone",
+        ),
+        (
+            [TAUGHT, "parallel.mode=parameter_server", "distill.placement=sharded"],
+            "distill.placement",
+            "joins ranks in step",
+        ),
     ],
 )
 def test_a_broken_rule_names_the_nearest_legal_setting(overrides, key, said):

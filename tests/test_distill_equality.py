@@ -17,7 +17,8 @@ from distributed import run_distributed
 from engine_cases import OPTIMIZERS, TORCH, Case, build_batches, build_engine, cross_entropy, rank_rows, save
 from temper.checkpoint import MASTER, CheckpointReader, model_state
 from temper.config.checks import check_job
-from temper.config.schema import CrossEntropyLoss, DistillConfig
+from temper.config.schema import CrossEntropyLoss, DistillConfig, PrecisionConfig
+from temper.engine.parameter_server import MiniBatch, Replica
 from temper.parallel.groups import MeshGroups, build_groups
 from temper.plan.distill import CONNECTORS, Connector, FeaturePair
 from temper.techniques.distill.features import FeatureTaps, build_connectors
@@ -261,6 +262,22 @@ def test_every_rank_reports_the_terms_of_its_examples(trained: Trained, run: Run
 def test_connectors_are_not_part_of_the_model(trained: Trained, run: Run) -> None:
     result = trained[run][0]
     assert set(model_state(CheckpointReader(result["end"]))) == set(build_student().state_dict())
+
+
+def test_a_worker_of_a_parameter_server_has_the_gradient_of_a_plain_loop() -> None:
+    """Soft targets; levels are refused there."""
+    config = DistillConfig.model_validate({"teacher": "t", "temperature": TEMPERATURE, "alpha": ALPHA})
+    loss = DistillLoss(cross_entropy, config, CrossEntropyLoss(kind="cross_entropy"), STEPS)
+    inputs, targets = build_batches()[0]
+    replica = Replica(build_student(), loss, PrecisionConfig(), torch.device("cpu"))
+    found, gradient = replica.compute(MiniBatch(inputs, Taught(targets, ask(inputs)), 0.1, 0))
+    model = build_student()
+    terms = reference_terms(model, build_connectors(PAIRS, 0), inputs, targets)
+    (terms["cross_entropy"] + terms["soft_targets"]).backward()
+    expected = torch.cat([param.grad.flatten() for param in model.parameters() if param.grad is not None])
+    assert (gradient - expected).norm() / expected.norm() < 1e-5
+    for name in ("cross_entropy", "soft_targets"):
+        assert float(found[name]) == pytest.approx(float(terms[name].detach()), rel=1e-5)
 
 
 def test_levels_change_the_result() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from temper.data.batches import Batch
 from temper.data.sources import SplitName
 from temper.engine.base import LossFunction
+from temper.files import read_json, write_json
 from temper.outputs import logits_of
 from temper.parallel.groups import Group
 
@@ -29,6 +31,23 @@ def evaluate_splits(on: Callable[[SplitName], dict[str, float]], held_out: bool,
         tested = on("test") if held_out else {key.removeprefix("eval/"): value for key, value in values.items()}
         values |= {f"test/{key}": value for key, value in tested.items()}
     return values
+
+
+def teacher_metrics(
+    file: Path, measure: Callable[[], dict[str, float]], group: Group | None = None, rank: int = 0
+) -> dict[str, float]:
+    """`teacher/…`: what `file` has, or else what `measure` gives, which rank 0 then writes there: once for all students
+    of a teacher. Collective over the ranks of `group`, by default this one alone."""
+    known = [read_json(file) if rank == 0 else None]
+    if group is not None and group.size > 1:
+        dist.broadcast_object_list(known, src=0, group=group.process_group)
+    metrics = known[0]
+    if metrics is None:
+        metrics = measure()
+        if rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, metrics)
+    return {f"teacher/{name}": value for name, value in metrics.items()}
 
 
 def evaluate(

@@ -30,14 +30,14 @@ from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
 from temper.engine.sharded import shard_module
 from temper.errors import RunError
-from temper.evaluation import evaluate, evaluate_splits
+from temper.evaluation import evaluate, evaluate_splits, teacher_metrics
 from temper.files import read_json, write_json
 from temper.locks import awaited
 from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
 from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
-from temper.parallel.groups import MeshGroups, build_groups
+from temper.parallel.groups import Group, MeshGroups, build_groups
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
@@ -272,17 +272,14 @@ class _Worker:
     def _evaluate_teacher(self, distillation: Distillation) -> dict[str, float]:
         """The teacher's metrics on the student's test split, once for all students. Collective."""
         assert self.plan.distill is not None, "there is a teacher"
-        file = self.plan.distill.evaluation
-        known = [read_json(file) if self.rank == 0 else None]
-        dist.broadcast_object_list(known, src=0)
-        metrics = known[0]
-        if metrics is None:
-            batches = distillation.on_test(self._eval_batches("test"))
-            metrics = self._measure(lambda logits: logits.to(self.engine.device), batches)
-            if self.rank == 0:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, metrics)
-        return {f"teacher/{name}": value for name, value in metrics.items()}
+        batches = distillation.on_test(self._eval_batches("test"))
+        everyone = Group(self.rank, self.world_size, dist.group.WORLD)
+        return teacher_metrics(
+            self.plan.distill.evaluation,
+            lambda: self._measure(lambda logits: logits.to(self.engine.device), batches),
+            everyone,
+            self.rank,
+        )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

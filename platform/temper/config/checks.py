@@ -489,8 +489,15 @@ def _check_teacher_batch(job: JobConfig, distill: DistillConfig) -> list[Problem
 def _check_distill_mode(job: JobConfig, distill: DistillConfig) -> list[Problem]:
     if job.parallel.mode != "parameter_server":
         return []
-    rule = "asks a teacher and trains connectors in every step, and workers of a parameter server do neither"
-    return [Problem("distill", None, rule, "use parallel.mode: synchronous or leave it out")]
+    problems = []
+    if distill.features:
+        rule = "trains connectors, and a parameter server holds the parameters of the model alone"
+        remedy = "use parallel.mode: synchronous or soft targets only"
+        problems.append(Problem("distill.features", None, rule, remedy))
+    if distill.placement == "sharded":
+        rule = "joins ranks in step, and workers of a parameter server run on their own"
+        problems.append(Problem("distill.placement", "sharded", rule, "use placement: replicated"))
+    return problems
 
 
 _DISTILL_RULES: tuple[Callable[[JobConfig, DistillConfig], list[Problem]], ...] = (

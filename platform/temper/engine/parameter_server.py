@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from temper.checkpoint import BUFFER, MASK, MASTER, CheckpointReader, Shard
 from temper.config.schema import OptimizerConfig, PrecisionConfig
-from temper.engine.base import LossFunction
+from temper.engine.base import LossFunction, Targets
 from temper.engine.inputs import DTYPES, apply_seed, prepared
 from temper.engine.masks import MasterMasks
 from temper.engine.masters import Fragment, set_optimizer_step
@@ -189,7 +189,7 @@ class MiniBatch:
     """What a worker computes one gradient of. `seed` drives dropout."""
 
     inputs: Tensor
-    targets: Tensor
+    targets: Targets
     lr: float
     seed: int
 
@@ -242,7 +242,9 @@ class Replica:
             self.module.train()
         self._gradient.zero_()
         with self._arithmetic():
-            terms = self._loss(self.module(self._prepared(batch.inputs)), batch.targets.to(self.device))
+            terms = self._loss(
+                self.module(self._prepared(batch.inputs)), batch.targets.to(self.device, non_blocking=False)
+            )
             torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}, self._gradient.float()
 

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from temper.checkpoint import CheckpointReader
+    from temper.data.batches import Batch
     from temper.data.sources import SplitName
     from temper.engine.parameter_server import (
         DownpourWorker,
@@ -222,13 +223,17 @@ class WorkerActor:
         from temper.engine.deepspeed_setup import device_of
         from temper.engine.parameter_server import DownpourWorker, Replica
         from temper.losses import build_loss
+        from temper.techniques.distill.technique import build_distillation
 
         plan = self._spec.plan
         job = plan.job
         _enter_process(self._spec.run, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
         self._loss = build_loss(job.loss)
         self._splits = load_splits(job.data, Path(job.storage), plan.data, labelling_of(job))
-        replica = Replica(_build_model(self._spec), self._loss, job.precision, device_of(plan.mesh.device))
+        device = device_of(plan.mesh.device)
+        self._technique = build_distillation(plan, self._loss, device)
+        loss = self._loss if self._technique is None else self._technique.loss
+        replica = Replica(_build_model(self._spec), loss, job.precision, device)
         start = find_start(self._spec)
         if start.reader is not None:
             replica.load(start.reader)
@@ -240,6 +245,8 @@ class WorkerActor:
             n_push=job.parallel.n_push,
             clip_norm=job.optimizer.clip_norm,
         )
+        if self._number == 0 and start.reader is None:
+            self._evaluate_teacher()
 
     async def train(self, turn: int, ticket: Ticket) -> Pushed | None:
         """Computes one mini-batch; where that is the last of a push, answers when every shard has it."""
@@ -271,16 +278,35 @@ class WorkerActor:
     def _evaluate(self, last: bool) -> dict[str, float]:
         from temper.evaluation import evaluate_splits
 
-        return evaluate_splits(self._on, self._spec.plan.data.validation_examples > 0, last)
+        values = evaluate_splits(self._on, self._spec.plan.data.validation_examples > 0, last)
+        return {**values, **self._evaluate_teacher()}
 
     def _on(self, split: SplitName) -> dict[str, float]:
+        return self._measure(self._downpour.replica.predict, self._eval_batches(split))
+
+    def _eval_batches(self, split: SplitName) -> Iterator[tuple[Batch, int]]:
         from temper.data.batches import eval_batches
+
+        plan = self._spec.plan
+        batch = plan.job.evaluation.batch
+        return eval_batches(plan.job.data, self._splits[split], plan.data, rank=0, world_size=1, batch=batch)
+
+    def _measure(self, predict: Callable[[Any], Any], batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
         from temper.evaluation import evaluate
 
-        plan, replica = self._spec.plan, self._downpour.replica
-        batch = plan.job.evaluation.batch
-        batches = eval_batches(plan.job.data, self._splits[split], plan.data, rank=0, world_size=1, batch=batch)
-        return evaluate(replica.predict, batches, self._loss, self._metrics, replica.device)
+        return evaluate(predict, batches, self._loss, self._metrics, self._downpour.replica.device)
+
+    def _evaluate_teacher(self) -> dict[str, float]:
+        """The teacher's metrics on the student's test split, where there is a teacher; measured once."""
+        from temper.evaluation import teacher_metrics
+
+        plan = self._spec.plan
+        if self._technique is None or plan.distill is None:
+            return {}
+        batches, device = self._technique.on_test(self._eval_batches("test")), self._downpour.replica.device
+        return teacher_metrics(
+            plan.distill.evaluation, lambda: self._measure(lambda logits: logits.to(device), batches)
+        )
 
     @cached_property
     def _metrics(self) -> Any:
@@ -308,10 +334,12 @@ class WorkerActor:
             world_size=plan.mesh.data,
             first_step=ticket.step,
             last_step=ticket.step + 1,
+            views=job.distill.views if job.distill is not None else None,
         )
         batch, _ = next(batches)
         seed = step_seed(job.seed, ticket.step, ticket.part)
-        return MiniBatch(batch.inputs, batch.targets, self._spec.lr_at(ticket.step), seed)
+        targets = batch.targets if self._technique is None else self._technique.prepare(batch, ticket.step)
+        return MiniBatch(batch.inputs, targets, self._spec.lr_at(ticket.step), seed)
 
 
 def _plain(push: Push | None) -> Pushed | None:

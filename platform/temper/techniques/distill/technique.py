@@ -34,7 +34,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class LiveSource:
     """A teacher that is asked as the student trains. `at_once`: for all micro-batches of a step together, because
-    stages come to them at different times and all ranks of a replica must ask at the same."""
+    stages come to them at different times and all ranks of a replica must ask at the same; a mini-batch of a parameter
+    server is not cut into any."""
 
     ask: Callable[[Tensor], Signals]
     at_once: bool
@@ -85,11 +86,12 @@ class Distillation:
 
 
 def build_distillation(
-    plan: Plan, base: Loss, device: torch.device, groups: MeshGroups, shard: Shard | None
+    plan: Plan, base: Loss, device: torch.device, groups: MeshGroups | None = None, shard: Shard | None = None
 ) -> Distillation | None:
     """The distillation of the plan's job, None where it has none; `base` is the loss on its labels.
 
-    `shard` makes a network that is shared out over all ranks. Collective where the teacher is sharded.
+    `shard` makes a network that is shared out over all ranks. Collective where the teacher is sharded. Without `groups`
+    this process asks alone.
     """
     distill = plan.job.distill
     if plan.distill is None or distill is None:
@@ -106,5 +108,5 @@ def build_distillation(
             groups=groups,
             shard=shard if distill.placement == "sharded" else None,
         )
-        source = LiveSource(teacher.ask, at_once=plan.mesh.pipeline > 1)
+        source = LiveSource(teacher.ask, at_once=plan.mesh.pipeline > 1 or plan.job.parallel.mode != "synchronous")
     return Distillation(plan, base, source)
