@@ -309,7 +309,9 @@ def make_caches(arms: Sequence[str], setting: Setting, costs: Path) -> dict[str,
 
 
 def _seconds_of_a_step(arm: str, seed: int, setting: Setting) -> float:
-    return float(train(job_of(arm), [*setting.keys(arm, seed), "budget.steps=1"])["seconds"])
+    return float(
+        train(job_of(arm), [*setting.keys(arm, seed), "budget.steps=1", "optimizer.schedule.warmup_steps=0"])["seconds"]
+    )
 
 
 def check_caches(caches: Mapping[str, Mapping[str, Any]], examples: int) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import types
 from pathlib import Path
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from temper.config.checks import check_job, has_random_augment
-from temper.config.load import build_job, job_to_yaml, load_job
+from temper.config.load import apply_override, build_job, job_to_yaml, load_job
 from temper.config.schema import JobConfig, json_schema
 from temper.config.text import MAX_BYTES, parse_yaml
 from temper.errors import EXIT_WRONG_JOB, JobError
@@ -256,7 +259,11 @@ def test_a_list_index_out_of_range_says_the_range():
             "precision.dtype=fp61",
             "precision.dtype: fp61 must be one of 'fp32', 'tf32', 'bf16' or 'fp16'; did you mean 'fp16'?",
         ),
-        ("precision.loss_scale=dyn", "precision.loss_scale: dyn must be 'dynamic' or a number, not text"),
+        (
+            "evaluation.metrics=[accurcy]",
+            "evaluation.metrics.0: accurcy must be one of 'accuracy', 'top5_accuracy', 'f1', 'precision', 'recall', "
+            "'auroc', 'calibration_error', 'mse' or 'mae'; did you mean 'accuracy'?",
+        ),
         ("model.channels=[]", "model.channels: [] must be of at least 1 entry"),
         ("model.channels=[1, x]", "model.channels.1: x must be an integer, not text"),
         ("optimizer.schedule.milestones=[2]", "optimizer.schedule.milestones.0: 2 must be less than 1"),
@@ -267,7 +274,12 @@ def test_a_list_index_out_of_range_says_the_range():
             "loss.target: nets must be 'module:function', e.g. my_package.nets:build",
         ),
         ("storage=''", "storage: '' must be text that is not empty"),
-        ("parallel.workers=true", "parallel.workers: True must be an integer, not true or false"),
+        ("parallel.workers=true", "parallel.workers: true must be an integer, not true or false"),
+        ("name=[true, {a: null}]", "name: [true, {'a': null}] must be text, not a list"),
+        (
+            "distill={}",
+            "distill.teacher: is missing; add it: the teacher, by its `source` or in full, or several as an ensemble",
+        ),
     ],
 )
 def test_a_problem_names_key_value_rule_and_remedy(override, line):
@@ -289,6 +301,137 @@ def test_missing_keys_are_named_with_what_they_may_be():
     assert set(found) == {"model", "data.kind", "optimizer.lr", "budget"}
     assert "kind: one of torchvision, resnet, mlp" in found["model"]
     assert "'knd' is perhaps meant for it" in found["data.kind"]
+
+
+# -------------------------------------------------------------------------------- values that may be of several forms
+
+TEACHER = [
+    ("{sorce: t.yaml}", ".sorce: t.yaml is not a key of {path}; did you mean 'source'?"),
+    ("{source: t.yaml, precision: fp8}", ".precision: fp8 must be one of 'fp32', 'bf16' or 'fp16'"),
+    ("{source: t.yaml, weight: 0}", ".weight: 0 must be greater than 0"),
+    ("{source: [t.yaml]}", ".source: ['t.yaml'] must be text, not a list"),
+    ("{model: {kind: mpl}, weights: x}", ".model.kind: mpl is not a kind of model; did you mean 'mlp'?"),
+    ("{model: {knd: mlp}}", ".model.kind: is missing; 'knd' is perhaps meant for it; use one of torchvision, resnet, "),
+    ("{model: {kind: python}, weights: x}", ".model.target: is missing; add it: `module:function`, importable from "),
+    ("{model: {kind: mlp, hidden: [8, 0]}}", ".model.hidden.1: 0 must be greater than 0"),
+    (
+        "{model: {kind: cnn, width: 3}}",
+        ".model.width: 3 is not a key of {path}.model of kind cnn; leave it out, or choose another kind",
+    ),
+    ("''", ": '' must be text that is not empty"),
+]
+RAMP = [
+    ("{start: 8}", ".end: is missing; add it"),
+    ("{end: 1}", ".start: is missing; add it"),
+    ("{start: 1, end: 0, kind: cosin}", ".kind: cosin must be one of 'linear' or 'cosine'; did you mean 'cosine'?"),
+    ("{start: 1, end: 0, knd: cosine}", ".knd: cosine is not a key of {path}; did you mean 'kind'?"),
+    ("{start: 1, end: a}", ".end: a must be a number, not text"),
+    ("{start: 1, end: -1}", ".end: -1 must be at least 0"),
+    ("true", ": true must be a number or a section of keys and values, not true or false"),
+    ("'4'", ": 4 must be a number or a section of keys and values, not text; leave the quotes out"),
+    ("[4]", ": [4] must be a number or a section of keys and values, not a list"),
+    ("null", ": must be a number or a section of keys and values, not null"),
+]
+# What is wrong, by the path of the union: a value, and what is said after the path.
+WRONG = {
+    "distill.teacher": [*TEACHER, ("3", ": 3 must be text or a section of keys and values or a list, not an integer")],
+    "distill.teacher.*": [*TEACHER, ("[a]", ": ['a'] must be text or a section of keys and values, not a list")],
+    "distill.temperature": [*RAMP, ("0", ": 0 must be greater than 0")],
+    "distill.alpha": [*RAMP, ("2", ": 2 must be at most 1")],
+    "distill.features": [
+        ("[{}]", ".0.student: is missing; add it: dotted name of a module of the student"),
+        ("[{student: a, teecher: b}]", ".0.teecher: b is not a key of {path}.0; did you mean 'teacher'?"),
+        ("[{student: a}, {student: b, of: x}]", ".1.of: x must be an integer, not text"),
+        ("[{student: a, weight: 0}]", ".0.weight: 0 must be greater than 0"),
+        ("[a]", ".0: a must be a section of keys and values, not text"),
+        ("atuo", ": atuo must be 'auto' or a list, not text; did you mean 'auto'?"),
+        ("{student: a}", ": {'student': 'a'} must be 'auto' or a list, not a mapping"),
+    ],
+    "dsd.rounds.*.sparsity": [
+        ("2", ": 2 must be less than 1"),
+        ("{a: 2}", ".a: 2 must be less than 1"),
+        ("{a: x}", ".a: x must be a number, not text"),
+        ("[0.5]", ": [0.5] must be a number or a mapping of keys to values, not a list"),
+    ],
+    "precision.loss_scale": [
+        ("0", ": 0 must be greater than 0"),
+        ("dynamc", ": dynamc must be 'dynamic' or a number, not text; did you mean 'dynamic'?"),
+        ("'5'", ": 5 must be 'dynamic' or a number, not text; leave the quotes out"),
+    ],
+    "parallel.stages": [
+        ("[2, 0]", ".1: 0 must be greater than 0"),
+        ("[x]", ".0: x must be an integer, not text"),
+        ("mesured", ": mesured must be one of 'derived' or 'measured' or a list, not text; did you mean 'measured'?"),
+    ],
+}
+SHAPELESS = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1.5",
+    "''",
+    "text",
+    "[]",
+    "[null]",
+    "[[]]",
+    "[{}]",
+    "{}",
+    "{kind: x, model: {}}",
+]
+FORMS = {**BASE, "distill": {"teacher": ["a"]}, "dsd": {"rounds": [{}]}}
+
+
+def members_of(annotation):
+    """The types of a union, or the one type that it is."""
+    if get_origin(annotation) is Annotated:
+        return members_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for argument in get_args(annotation) for member in members_of(argument)]
+    return [] if annotation is types.NoneType else [annotation]
+
+
+def mixed_unions(annotation=JobConfig, path=()):
+    """The paths at which values of several forms may stand that no `kind` tells apart; * is an entry of a list."""
+    members = members_of(annotation)
+    sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    found = {".".join(path)} if len(members) - len(sections) > 0 and len(members) > 1 else set()
+    for section in sections:
+        for name, field in section.model_fields.items():
+            found |= mixed_unions(field.annotation, (*path, name))
+    for member in members:
+        if get_origin(member) in (list, dict):
+            found |= mixed_unions(get_args(member)[-1], (*path, "*"))
+    return found
+
+
+def test_every_union_of_the_schema_is_tried():
+    assert mixed_unions() == set(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"), [(path, value, said) for path, cases in WRONG.items() for value, said in cases]
+)
+def test_one_mistake_inside_a_union_is_one_problem_at_its_own_key(path, value, said):
+    key = path.replace("*", "0")
+    line = key + said.replace("{path}", key)
+    ((found, text),) = problems_of(f"{key}={value}", raw=FORMS).items()
+    assert found == line.split(":")[0]
+    assert text == line or (line.endswith((" ", ",")) and text.startswith(line))
+
+
+@pytest.mark.parametrize("value", SHAPELESS)
+@pytest.mark.parametrize("path", sorted(WRONG))
+def test_what_is_said_of_a_union_holds_nothing_of_pydantics(path, value):
+    raw = apply_override(FORMS, f"{path.replace('*', '0')}={value}")
+    try:
+        build_job(raw)
+    except JobError as error:
+        for problem in error.problems:
+            assert not any(word in str(problem) for word in ("Config", "constrained", "literal", "union", "list["))
+            holder = raw
+            for name in problem.key.split(".")[:-1]:
+                holder = holder[int(name)] if isinstance(holder, list) else holder[name]
 
 
 # ------------------------------------------------------------------------------------------------ rules across sections

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from temper.data.augment import build_transforms
 from temper.data.batches import eval_batches, view_batch
 from temper.data.sources import load_splits
 from temper.errors import JobError, RunError
+from temper.launch import teacher_cache
 from temper.launch.teacher_cache import make_cache
 from temper.models.build import build_model
+from temper.plan import probe
 from temper.plan.build import Plan, build_plan
-from temper.plan.distill import CachePlan, Connector, FeaturePair, Teacher
+from temper.plan.distill import CachePlan, Connector, DistillPlan, FeaturePair, Teacher
 from temper.plan.facts import data_facts
 from temper.plan.mesh import ClusterShape
+from temper.plan.probe import ModelFacts
 from temper.techniques.distill import cache_files
 from temper.techniques.distill.cache import CachedSignals, keep_largest, left_mass, restore, write_piece
 from temper.techniques.distill.cache_files import (
@@ -267,6 +270,79 @@ def test_a_damaged_file_is_found_and_it_alone_is_computed_anew(tmp_path: Path) -
     assert damaged_parts(tmp_path) == [file]
 
 
+def small_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, list[int]]:
+    """A plan whose teacher needs no Ray, and the numbers of examples that it was asked about."""
+    asked: list[int] = []
+    facts = {"num_parameters": 1, "num_trainable": 1, "parameter_sizes": (1,), "buffer_bytes": 0}
+    known = ModelFacts(**facts, activation_bytes_per_example=1, forward_flops_per_example=1, output_shape=(10,))
+    job = JobConfig.model_validate(
+        {
+            "name": "student",
+            "model": {"kind": "mlp", "hidden": [8]},
+            "data": {"kind": "synthetic", "shape": [4], "train_examples": 50, "test_examples": 11, "global_batch": 10},
+            "optimizer": {"kind": "sgd", "lr": 0.1},
+            "budget": {"steps": 2},
+            "storage": str(folder),
+        }
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "_ask", lambda *_: asdict(known))
+        plan = build_plan(job, ClusterShape(1, 2.0, 0.0), folder)
+    cache = planned(folder / "teachers" / "key", features=False)
+    distill = DistillPlan((), (known,), (), PASS_ROWS, cache, folder / "evaluation.json")
+    distilled = JobConfig.model_validate({**job.model_dump(), "distill": {"teacher": "wise.yaml"}})
+
+    def ask(plan: Plan, import_folders: Any, pieces: list[Piece]) -> None:
+        asked.append(sum(piece.rows for piece in pieces))
+        for piece in pieces:
+            write(cache, piece)
+
+    monkeypatch.setattr(teacher_cache, "_ask", ask)
+    monkeypatch.setattr(cache_files, "PIECE_ROWS", 8)
+    monkeypatch.setattr(cache_files, "PART_BYTES", 24 * 20)
+    return replace(plan, job=distilled, distill=distill), asked
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_two_commands_that_look_at_one_damaged_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mended: bool
+) -> None:
+    """Between the looking and the acting of one, the other mends the cache, or begins to and is stopped."""
+    plan, asked = small_plan(tmp_path, monkeypatch)
+    assert make_cache(plan, ()) == sum(asked) == TRAIN_ROWS * VIEWS + TEST_ROWS
+    folder = tmp_path / "teachers" / "key"
+    before = json.loads((folder / "manifest.json").read_text())
+    part = before["parts"][1]
+    (folder / part["name"]).write_bytes(b"damaged")
+    digests, others = cache_files._digests, [make_cache if is_mended else lambda *_: remove_damaged(folder)]
+
+    def looked(files: Any) -> list[str]:
+        seen = digests(files)
+        if others:
+            others.pop()(plan, ())
+        return seen
+
+    monkeypatch.setattr(cache_files, "_digests", looked)
+    told: list[str] = []
+    assert make_cache(plan, (), told.append) == (0 if is_mended else part["rows"])
+    assert asked[1:] == [part["rows"]]
+    assert [text for text in told if "damaged" in text] == []
+    assert json.loads((folder / "manifest.json").read_text()) == before
+    assert damaged_parts(folder) == []
+
+
+def test_a_damaged_cache_is_mended_by_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, asked = small_plan(tmp_path, monkeypatch)
+    make_cache(plan, ())
+    folder = tmp_path / "teachers" / "key"
+    part = json.loads((folder / "manifest.json").read_text())["parts"][1]
+    (folder / part["name"]).write_bytes(b"damaged")
+    told: list[str] = []
+    assert make_cache(plan, (), told.append) == part["rows"] == asked[-1]
+    assert told[0] == f"{folder / part['name']} is damaged and is computed anew"
+    assert (make_cache(plan, ()), len(asked)) == (0, 2)
+
+
 # ---------------------------------------------------------------------------------------------- nothing wrong is reused
 
 
@@ -491,6 +567,7 @@ def test_ray_data_makes_what_a_live_teacher_says(
     assert manifest(cache) == known
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_mistake_comes_back_as_what_it_is(embedded_ray: Any, tmp_path: Path) -> None:
     plan = digits_plan(tmp_path)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distributed import run_distributed
+from temper.errors import RunError
 from temper.parallel.blocks import compute_on_blocks, join_blocks
 from temper.parallel.groups import Group, MeshGroups
 from temper.parallel.split import apply_split
@@ -294,7 +296,30 @@ def test_what_is_not_taught_is_left_alone(prepare: Callable[[nn.Module, FeatureT
     taps.hook(dict(model.named_modules()))
     prepare(model, taps)
     assert torch.equal(model(inputs), plain)
+    taps.begin_step(1.0)
     assert taps.terms() == {}
+
+
+def test_a_level_that_a_micro_batch_skips_is_named() -> None:
+    """Those after it would be compared with what the teacher gives for another one."""
+    model, taps = network(), FeatureTaps(PAIRS, seed=0)
+    taps.hook(dict(model.named_modules()))
+    taps.begin_step(1.0)
+    for _, features in micro_batches(3, 2):
+        taps.feed(features)
+    model(micro_batches(3)[0][0])
+    with pytest.raises(RunError, match="of the student is not called in every pass"):
+        taps.terms()
+
+
+def test_a_level_whose_gradient_is_computed_later_is_refused() -> None:
+    model, taps = network(), FeatureTaps(PAIRS, seed=0)
+    taps.hook(dict(model.named_modules()))
+    taps.begin_step(1.0)
+    ((inputs, features),) = micro_batches(2)
+    taps.feed(features)
+    with pytest.raises(RunError, match="of the student is checkpointed"):
+        checkpoint(model, inputs.requires_grad_(), use_reentrant=True)
 
 
 def test_what_one_step_leaves_does_not_reach_the_next() -> None:

@@ -13,6 +13,7 @@ from temper.launch.teachers import plan_job
 from temper.plan.build import Plan
 from temper.plan.mesh import ClusterShape
 from temper.plan.show import plan_table
+from temper.run_folder import PHASE_MANIFEST
 from test_distill_worker import LEVELS, plan
 
 SHAPE = ClusterShape(nodes=1, cpus=4.0, gpus=0.0)
@@ -173,11 +174,47 @@ def shown(made: Plan) -> str:
 def test_the_plan_shows_the_teacher_the_levels_and_the_cache(folder: Path) -> None:
     text = shown(plan(folder, distill={"features": LEVELS, "cache": "features"}))
     assert "teacher teacher-0: cnn, 1,198 parameters in fp32" in text
-    assert "to be trained first unless it has been" in text
-    assert "soft targets T 4, alpha 0.9, soft targets" in text
+    assert "…, is trained first soft targets T 4, alpha 0.9 level 2" in text
     assert "level 2 4×4×4 → conv1x1 → 2 6×4×4, mse, weight 1" in text
     assert "level 5 6×2×2 → 5 8×2×2, attention transfer, weight 2" in text
     assert "computed once for 1,437 examples (all logits and features in fp16), kept in" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"loss": "decoupled"}, "soft targets T 4, alpha 0.9, decoupled (non_target_weight 8) teaching"),
+        ({"standardize": True}, "soft targets T 4, alpha 0.9, logits standardized teaching"),
+        ({"alpha": {"start": 1.0, "end": 0.0}}, "soft targets T 4, alpha 1 → 0 (linear) teaching"),
+        ({"alpha": 0, "features": LEVELS}, "is trained first level 2"),
+        ({"views": 3}, "teaching live, whole on every rank, 32 examples in a pass, 3 views of each example phase"),
+    ],
+    ids=str,
+)
+def test_the_plan_shows_what_the_student_learns_from(folder: Path, change: dict[str, Any], said: str) -> None:
+    data = {"kind": "digits", "global_batch": 32, "augment": [{"kind": "random_crop", "padding": 1}]}
+    assert said in shown(plan(folder, data=data, distill=change))
+
+
+def test_the_plan_shows_the_weights_of_an_ensemble_and_who_is_trained(folder: Path) -> None:
+    made = plan(folder, num_teachers=2)
+    assert made.distill is not None
+    first = made.distill.teachers[0]
+    first.place.mkdir(parents=True)
+    (first.place / PHASE_MANIFEST).write_text("{}")
+    text = shown(plan(folder, num_teachers=2))
+    (first.place / PHASE_MANIFEST).unlink()
+    first.place.rmdir()
+    assert f"teacher-0: cnn, 1,198 parameters in fp32, weight 1, {first.fingerprint[:10]}…, trained" in text
+    second = made.distill.teachers[1]
+    assert f"teacher-1: cnn, 1,198 parameters in fp32, weight 2, {second.fingerprint[:10]}…, is trained first" in text
+
+
+@pytest.mark.parametrize(("labels", "said"), [(0.5, "718 of 1,437 labelled"), (0, "0 of 1,437 labelled")])
+def test_the_plan_shows_how_many_examples_have_a_label(folder: Path, labels: float, said: str) -> None:
+    data = {"kind": "digits", "global_batch": 32, "labels": labels}
+    text = shown(plan(folder, data=data, distill={"alpha": 1.0}))
+    assert f"data digits: 1,437 examples, {said}, 360 for the test" in text
 
 
 def test_the_connectors_and_the_teacher_are_in_the_memory(folder: Path) -> None:

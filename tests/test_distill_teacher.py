@@ -214,8 +214,14 @@ def test_inputs_are_brought_to_the_teachers_normalisation(tmp_path: Path) -> Non
     own = built(teacher, data=replace(IMAGES, mean=(0.5,), std=(0.25,))).ask((raw - 0.5) / 0.25)
     converted = built(teacher, data=student).ask((raw - 0.3) / 0.2)
     torch.testing.assert_close(converted.logits, own.logits, rtol=1e-5, atol=1e-5)
-    unknown = built(replace(teacher, mean=(), std=()), data=student).ask((raw - 0.5) / 0.25)
-    assert same(unknown, own), "nothing is converted where one of both is unknown, or both are equal"
+    unknown = built(replace(teacher, mean=None, std=None), data=student).ask((raw - 0.5) / 0.25)
+    assert same(unknown, own), "nothing is converted where the teacher's is unknown, or both are equal"
+    # Inputs that are used as they are have mean 0 and deviation 1.
+    plain = built(teacher, data=replace(IMAGES, mean=(), std=())).ask(raw)
+    torch.testing.assert_close(plain.logits, own.logits, rtol=1e-5, atol=1e-5)
+    used = built(replace(teacher, mean=(), std=()), data=replace(IMAGES, mean=(), std=())).ask(raw)
+    taken = built(replace(teacher, mean=(), std=()), data=student).ask((raw - 0.3) / 0.2)
+    torch.testing.assert_close(taken.logits, used.logits, rtol=1e-5, atol=1e-4)
 
 
 def test_what_the_process_has_set_up_for_a_student_does_not_act_in_it(tmp_path: Path) -> None:

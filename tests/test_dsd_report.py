@@ -28,12 +28,13 @@ from temper.data.batches import eval_batches
 from temper.data.sources import load_split
 from temper.errors import JobError
 from temper.export import evaluate_product, export_product, find_product
+from temper.launch.teachers import plan_job
 from temper.models.build import build_model
 from temper.plan import probe
 from temper.plan.build import Plan, build_plan
 from temper.plan.mesh import local_cluster
 from temper.plan.phases import PhasePlan, Pruning
-from temper.plan.probe import ModelFacts, PrunableWeight
+from temper.plan.probe import ModelFacts, ModuleOutput, PrunableWeight
 from temper.techniques.dsd.masks import select_mask
 from temper.techniques.dsd.summary import BINS, LEVELS, summarize, widen, write_summary
 from temper.tracking import figures as drawing
@@ -451,6 +452,41 @@ def test_the_page_says_what_the_run_is(made: Made, page: str) -> None:
     assert f"temper train {made.folder / 'job.yaml'}" in page
     assert f"torch {torch.__version__.split('+')[0]}" in page
     assert page.count("<figure>") == 4
+
+
+def test_the_page_says_who_taught_and_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
+    facts = replace(FACTS, outputs=(ModuleOutput("2", "ReLU", (32,), 1),))
+    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(facts))))
+    alone = {**JOB, "dsd": None, "storage": str(tmp_path / "runs")}
+    for seed, name in enumerate(("wise", "grey")):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**alone, "name": name, "seed": seed}))
+    distill = {
+        "teacher": [{"source": "wise.yaml", "weight": 2}, "grey.yaml"],
+        "temperature": {"start": 8, "end": 1},
+        "loss": "decoupled",
+        "features": [{"student": "2", "of": 1}],
+    }
+    plan = plan_job(build_job({**alone, "distill": distill}), local_cluster(), tmp_path)
+    assert plan.distill is not None
+    wise, grey = (teacher.fingerprint[:10] for teacher in plan.distill.teachers)
+    plan.run_folder.mkdir(parents=True)
+    (plan.run_folder / "job.yaml").write_text(job_to_yaml(plan.job))
+    (plan.run_folder / "plan.json").write_text(json.dumps(plan.to_dict()))
+    rows = [
+        f"taught by</th><td>wise, {wise}, weight 2</td>",
+        f"taught by</th><td>grey, {grey}, weight 1</td>",
+        "soft targets</th><td>T 8 → 1 (linear), alpha 0.9, decoupled (non_target_weight 8)</td>",
+        "level</th><td>2 32 → 2 of teacher 1 32, mse, weight 1</td>",
+    ]
+    page = build_page(plan.run_folder)
+    assert [row for row in rows if row not in page] == [] and "teacher on the test split" not in page
+
+    metrics = {"train/loss": 2.0, "teacher/accuracy": 0.9375, "teacher/loss": 0.25}
+    folder = plan.phase_folder(plan.phases[0])
+    folder.mkdir(parents=True)
+    (folder / "history.jsonl").write_text(json.dumps({"step": 1, "time_ms": 0, "metrics": metrics}) + "\n")
+    row = "teacher on the test split</th><td>accuracy 0.9375, loss 0.2500</td>"
+    assert row in build_page(plan.run_folder)
 
 
 def test_the_page_has_a_row_for_each_layer(made: Made, page: str) -> None:

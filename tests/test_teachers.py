@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +24,13 @@ from safetensors.torch import load_file, save_file
 import temper
 from temper import checkpoint, cli
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard, model_state
-from temper.config.load import job_to_yaml
-from temper.config.schema import JobConfig
+from temper.config.load import job_to_yaml, load_job
+from temper.config.schema import JobConfig, TeacherConfig
 from temper.errors import JobError, Problem, RunError
 from temper.files import write_json
 from temper.launch import teacher_runs, train
 from temper.launch.teacher_runs import claim_teacher, keep_teacher, teacher_results, teacher_tags
-from temper.launch.teachers import plan_job
+from temper.launch.teachers import Search, find_teacher, plan_job
 from temper.locks import HeldError, claimed
 from temper.models.build import build_model
 from temper.plan import probe
@@ -51,6 +52,7 @@ FACTS = ModelFacts(
     forward_flops_per_example=4800,
     output_shape=(10,),
     prunable=(PrunableWeight("1.weight", (32, 64), "linear"), PrunableWeight("3.weight", (10, 32), "linear")),
+    weight_shapes={"1.weight": (32, 64), "1.bias": (32,), "3.weight": (10, 32), "3.bias": (10,)},
 )
 RUN_ID = "0123456789abcdef0123456789abcdef"
 TEACHER: dict[str, Any] = {
@@ -180,7 +182,7 @@ def test_a_phase_of_a_job(place: Path) -> None:
     assert [phase.fingerprint for phase in last.plan.phases][1:] == [sparse.fingerprint, last.fingerprint]
     assert (last.name, sparse.name, last.precision, sparse.precision) == ("wise", "wise sparse-1", "fp32", "bf16")
     assert only_refusal(place, {"source": "wise.yaml", "phase": "sparse-2"}) == (
-        "distill.teacher.phase: sparse-2 is not a phase of this run; use dense or sparse-1 or redense-1"
+        "distill.teacher.phase: sparse-2 is not a phase of this job; use dense or sparse-1 or redense-1"
     )
 
 
@@ -347,7 +349,7 @@ def test_an_export(place: Path) -> None:
     job = (place / "out" / JOB).read_text()
     (place / "out" / JOB).write_text(job.replace("kind: digits", "kind: image_folder\n  path: gone"))
     elsewhere = found(place, "out")
-    assert (elsewhere.shape, elsewhere.num_classes, elsewhere.mean) == (None, None, ())
+    assert (elsewhere.shape, elsewhere.num_classes, elsewhere.mean) == (None, None, None)
     assert elsewhere.fingerprint == teacher.fingerprint
 
 
@@ -358,7 +360,7 @@ def test_weights_of_a_network_of_ones_own(place: Path) -> None:
         "weights": "wise.safetensors",
     }
     file = place / "jobs" / "wise.safetensors"
-    save_file({"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}, file)
+    save_file(fitting(torch.zeros), file)
     teacher = found(place, config)
     assert (teacher.name, teacher.source, teacher.kind) == ("wise", "wise.safetensors", "weights")
     assert (teacher.place, teacher.shape, teacher.num_classes) == (file, None, None)
@@ -368,13 +370,100 @@ def test_weights_of_a_network_of_ones_own(place: Path) -> None:
     fingerprints = {teacher.fingerprint, found(place, other).fingerprint}
     (place / "jobs" / "net_of_weights.py").write_text(NET + "\n# mended\n")
     fingerprints.add(found(place, config).fingerprint)
-    save_file({"1.weight": torch.ones(10, 64), "1.bias": torch.zeros(10)}, file)
+    save_file(fitting(torch.ones), file)
     fingerprints.add(found(place, config).fingerprint)
     assert len(fingerprints) == 4
 
-    for content in (b"", b"\x80\x02torch", (7).to_bytes(8, "little") + b"no json"):
-        file.write_bytes(content)
-        assert "is not a safetensors file" in only_refusal(place, config)
+
+def fitting(fill: Callable[[tuple[int, ...]], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the network that FACTS are of."""
+    return {name: fill(shape) for name, shape in FACTS.weight_shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda whole: b"", "is not a safetensors file"),
+        (lambda whole: b"\x80\x02torch", "is not a safetensors file"),
+        (lambda whole: (7).to_bytes(8, "little") + b"no json", "is not a safetensors file"),
+        (lambda whole: (2).to_bytes(8, "little") + b"[]", "is not a safetensors file"),
+        (lambda whole: (8).to_bytes(8, "little") + b'{"a": 1}', "is not a safetensors file"),
+        (lambda whole: whole[:-1], "bytes, and by its header "),
+        (lambda whole: whole + b"\0", "bytes, and by its header "),
+    ],
+)
+def test_a_file_that_is_not_whole(place: Path, change: Callable[[bytes], bytes], text: str) -> None:
+    file = place / "wise.safetensors"
+    save_file(fitting(torch.zeros), file)
+    file.write_bytes(change(file.read_bytes()))
+    said = only_refusal(place, {"model": TEACHER["model"], "weights": "wise.safetensors"})
+    assert said.startswith(f"distill.teacher.weights: wise.safetensors cannot be used: {file}: ") and text in said
+
+
+@pytest.mark.parametrize(
+    ("weights", "rule"),
+    [
+        ({"1.weight": (64, 64)}, "has 1.weight in the shape [64, 64], the model in [32, 64]"),
+        ({"5.weight": (10, 32)}, "has 5.weight, which is not in the model (1 of 5 tensors are not)"),
+        ({"3.weight": None}, "has 2,090 elements, fewer than the 2,410 parameters of the model"),
+    ],
+)
+def test_weights_of_another_network(place: Path, weights: dict[str, Any], rule: str) -> None:
+    shapes = {name: shape for name, shape in {**FACTS.weight_shapes, **weights}.items() if shape is not None}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, place / "wise.safetensors")
+    config = {"model": TEACHER["model"], "weights": "wise.safetensors"}
+    said = f"{rule}; give the model as it was trained"
+    assert only_refusal(place, config) == f"distill.teacher.weights: wise.safetensors {said}"
+    assert only_refusal(place, [config]) == f"distill.teacher.0.weights: wise.safetensors {said}"
+    make_run(place)
+    export(place, RUN_ID)
+    (place / "wise.safetensors").rename(place / "out" / "model.safetensors")
+    assert only_refusal(place, "out") == f"distill.teacher: out {said}"
+
+
+def test_weights_are_known_by_what_they_say_and_not_by_the_files_metadata(place: Path) -> None:
+    config, fingerprints = {"model": TEACHER["model"], "weights": "wise.safetensors"}, set()
+    for metadata in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"c": "3"}, None):
+        save_file(fitting(torch.ones), place / "wise.safetensors", metadata=metadata)
+        fingerprints.add(found(place, config).fingerprint)
+    assert len(fingerprints) == 1
+    save_file({**fitting(torch.ones), "3.bias": torch.full((10,), 2.0)}, place / "wise.safetensors")
+    fingerprints.add(found(place, config).fingerprint)
+    assert len(fingerprints) == 2
+
+
+def test_an_export_of_a_student_that_saw_no_label_knows_its_data(place: Path) -> None:
+    data = {"kind": "digits", "global_batch": 64, "labels": 0}
+    make_run(place, {**TEACHER, "name": "young", "data": data, "distill": {"teacher": "wise.yaml", "alpha": 1.0}})
+    export(place, RUN_ID)
+    teacher = found(place, "out")
+    assert (teacher.shape, teacher.num_classes, len(teacher.mean or ())) == ((1, 8, 8), 10, 1)
+
+
+# ---------------------------------------------------------------------------------------- a job to be planned again
+
+
+def test_the_job_of_a_run_finds_its_teachers_from_everywhere(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    make_run(place)
+    export(place, RUN_ID)
+    write(place / "jobs" / "other.yaml", {**TEACHER, "seed": 1})
+    save_file(fitting(torch.ones), place / "jobs" / "w.safetensors")
+    weights = {"model": TEACHER["model"], "weights": "w.safetensors"}
+    plan = planned(place, [{"source": "other.yaml", "weight": 2}, "out", RUN_ID, weights])
+    assert plan.distill is not None and plan.job.distill is not None
+    asked = plan.job.distill.teacher
+    assert isinstance(asked, list) and asked[1:3] == [str(place / "out"), RUN_ID]
+    named = [(item.source, item.weights) for item in (asked[0], asked[3]) if not isinstance(item, str)]
+    assert named == [(str(place / "jobs" / "other.yaml"), None), (None, str(place / "jobs" / "w.safetensors"))]
+
+    describe(plan, plan.run_folder)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    again = plan_job(load_job(plan.run_folder / JOB), CLUSTER, plan.run_folder)
+    assert (again.fingerprint, again.run_folder) == (plan.fingerprint, plan.run_folder)
+    assert again.job == plan.job
 
 
 def test_two_modules_of_one_name(place: Path) -> None:
@@ -386,11 +475,133 @@ def test_two_modules_of_one_name(place: Path) -> None:
         )
         (place / folder / "net_twice.py").write_text(text)
     assert only_refusal(place, "elsewhere/wise.yaml") == (
-        f"distill.teacher: elsewhere/wise.yaml is built by the module net_twice in {place}/elsewhere, and {place}/jobs "
-        "has another of that name; rename one of the two"
+        f"distill.teacher: elsewhere/wise.yaml is built with {place}/elsewhere/net_twice.py, in whose place a worker "
+        f"would import {place}/jobs/net_twice.py; rename one of the two"
     )
     (place / "elsewhere" / "net_twice.py").write_text(NET)
     assert found(place, "elsewhere/wise.yaml").import_folders == (str(place), str(place / "elsewhere"))
+
+
+def write_code(place: Path, folder: str, target: str, files: dict[str, str]) -> None:
+    """A teacher's job in `folder`, whose network `target` is one of `files` there."""
+    for name, text in files.items():
+        (place / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / folder / name).write_text(text)
+    write(place / folder / "wise.yaml", {**TEACHER, "model": {"kind": "python", "target": target}})
+
+
+def test_a_helper_of_another_helpers_name(place: Path) -> None:
+    for name in ("one", "two"):
+        files = {f"net_{name}.py": f"import layers_of_test\n{NET}", "layers_of_test.py": f"width = '{name}'\n"}
+        write_code(place, name, f"net_{name}:build", files)
+    assert only_refusal(place, ["one/wise.yaml", "two/wise.yaml"]) == (
+        f"distill.teacher.1: two/wise.yaml is built with {place}/two/layers_of_test.py, in whose place a worker would "
+        f"import {place}/one/layers_of_test.py; rename one of the two"
+    )
+    assert found(place, "one/wise.yaml").import_folders == (str(place), str(place / "one"))
+    helper = place / "jobs" / "layers_of_test.py"
+    helper.write_text("width = 'one'\n")
+    assert found(place, "one/wise.yaml").name == "wise"
+    helper.write_text("def load(split):\n    ...\n")
+    said = only_refusal(place, "one/wise.yaml")
+    assert said.startswith(
+        f"distill.teacher: one/wise.yaml is built with {place}/one/layers_of_test.py, in whose place"
+    )
+    assert f"would import {helper}; " in said
+    helper.unlink()
+    (place / "jobs" / "layers_of_test").mkdir()
+    assert found(place, "one/wise.yaml").name == "wise", "a module goes before a folder that is no package"
+    (place / "jobs" / "layers_of_test" / "__init__.py").write_text("width = 'one'\n")
+    assert f"would import {place}/jobs/layers_of_test; " in only_refusal(place, "one/wise.yaml")
+
+
+def test_folders_without_an_init_are_one_package_and_give_way_to_another(place: Path) -> None:
+    write_code(place, "one", "spaced_of_test.theirs:build", {"spaced_of_test/theirs.py": NET})
+    mine = place / "jobs" / "spaced_of_test" / "mine.py"
+    mine.parent.mkdir()
+    mine.write_text(NET + "\n# the student's\n")
+    model = {"kind": "python", "target": "spaced_of_test.mine:build", "args": {"width": 10}}
+    plan = planned(place, "one/wise.yaml", model=model)
+    assert plan.distill is not None and plan.distill.teachers[0].import_folders[-1] == str(place / "one")
+    (place / "one" / "spaced_of_test" / "__init__.py").touch()
+    with pytest.raises(JobError) as caught:
+        planned(place, "one/wise.yaml", model=model)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"model.target: spaced_of_test.mine:build is built with {mine}, in whose place a worker would import "
+        f"{place}/one/spaced_of_test; rename one of the two"
+    ]
+
+
+def write_export(folder: Path, **sections: Any) -> Path:
+    """An export as somebody else may have made it."""
+    write(folder / JOB, {**TEACHER, **sections})
+    save_file({"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}, folder / "model.safetensors")
+    return folder
+
+
+def searched(place: Path, source: str) -> Teacher:
+    """The teacher without a plan of its student."""
+    job = student(place, source)
+    return find_teacher(Search("distill.teacher", TeacherConfig(source=source), job, CLUSTER, place / "jobs"))
+
+
+def test_where_the_data_of_an_export_are_elsewhere_its_normalisation_is_known_by_its_job(place: Path) -> None:
+    data = {"kind": "image_folder", "path": "gone", "global_batch": 64}
+    write_export(place / "plain", data=data)
+    write_export(place / "set", data={**data, "normalize": {"mean": [0.5, 0.25], "std": [2.0, 4.0]}})
+    plain, set_ = searched(place, "plain"), searched(place, "set")
+    assert (plain.mean, plain.std, plain.shape, plain.num_classes) == (None, None, None, None)
+    assert (set_.mean, set_.std, set_.shape, set_.num_classes) == ((0.5, 0.25), (2.0, 4.0), None, None)
+    synthetic = {"kind": "synthetic", "shape": [4], "num_classes": 3, "global_batch": 64, "train_examples": 64}
+    write_export(place / "raw", data=synthetic)
+    assert (searched(place, "raw").mean, searched(place, "raw").shape) == ((), (4,))
+
+
+def test_an_export_of_a_student_that_learned_without_labels(place: Path) -> None:
+    data = {**TEACHER["data"], "labels": 0}
+    write_export(place / "out", data=data, distill={"teacher": "wise.yaml", "alpha": 1.0})
+    assert searched(place, "out").shape == (1, 8, 8)
+
+
+CODE_OF_AN_EXPORT = [
+    "os:system",
+    "json:loads",
+    "net_beside_weights:build",
+    "out.net_beside_weights:build",
+    "runs.teachers.net_in_storage:build",
+    "helpers_of_test:system",
+    "nowhere_of_test:build",
+]
+
+
+@pytest.mark.parametrize("target", CODE_OF_AN_EXPORT)
+def test_an_export_brings_no_code(place: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Neither Python's, nor a file among what was exported or fetched, nor what the user's code has only imported."""
+    model = {"kind": "python", "target": target, "args": {"command": "touch PWNED"}}
+    write_export(place / "out", model=model)
+    (place / "out" / "net_beside_weights.py").write_text(NET)
+    (place / "runs" / "teachers").mkdir(parents=True)
+    (place / "runs" / "teachers" / "net_in_storage.py").write_text(NET)
+    (place / "jobs" / "helpers_of_test.py").write_text("from os import system\n")
+    rule = f"is built by code that it names itself: `{target}`; write model: and weights: in this job"
+    assert only_refusal(place, "out") == f"distill.teacher: out {rule}"
+
+    monkeypatch.setattr(registry, "download_version", lambda uri, name, version, to: shutil.copytree(
+        place / "out", to, dirs_exist_ok=True
+    ))  # fmt: skip
+    assert only_refusal(place, "models:/wise/3") == f"distill.teacher: models:/wise/3 {rule}"
+
+
+def test_an_export_of_the_users_own_code(place: Path) -> None:
+    write_export(place / "out", model={"kind": "python", "target": "net_of_user:build", "args": {"width": 10}})
+    (place / "out" / "net_of_user.py").write_text(NET + "\n# not this one\n")
+    for folder in (place / "jobs", place):
+        (folder / "net_of_user.py").write_text(NET)
+        teacher = searched(place, "out")
+        assert teacher.import_folders == (str(place), str(place / "jobs"))
+    (place / "jobs" / "net_of_user.py").unlink()
+    assert searched(place, "out").fingerprint == teacher.fingerprint
+    assert str(place / "out") not in searched(place, "out").import_folders
 
 
 def test_connectors_stay_out_of_the_model(tmp_path: Path) -> None:
@@ -433,7 +644,7 @@ def test_a_registered_model_goes_there_and_comes_back(
     client = MlflowClient(f"sqlite:///{place}/runs/mlflow.db")
     version = client.get_model_version_by_alias("wise net", "best")
     assert (version.version, version.run_id) in (("1", run_id), (1, run_id))
-    logged = client.list_artifacts(run_id, "export/dense/step-00000030")
+    logged = client.list_artifacts(run_id, "export/dense/step-00000030/1")
     assert {Path(item.path).name for item in logged} == {"model.safetensors", "job.yaml", "README.md"}
 
     teacher = found(place, "models:/wise net@best")
@@ -452,6 +663,46 @@ def test_a_registered_model_goes_there_and_comes_back(
     assert "cannot be looked up: MLflow at sqlite:///" in said and "no route to host" in said
     assert said.endswith("; start the server, or name a version that is here: models:/wise net/1")
     assert only_refusal(place, "models:/another@best").endswith("no route to host; start the server")
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--register", "a/b"], "--register: a/b is not a name that MLflow takes"),
+        (["--register", "a:b"], "--register: a:b is not a name that MLflow takes"),
+        (["--register", ".."], "--register: .. is not a name that MLflow takes"),
+        (["--register", ""], "--register: '' is not a name that MLflow takes"),
+        (["--register", "fine", "--alias", "latest"], "--alias: latest is not an alias that MLflow takes"),
+        (["--register", "fine", "--alias", "v2"], "--alias: v2 is not an alias that MLflow takes"),
+        (["--register", "fine", "--alias", "so good"], "--alias: so good is not an alias that MLflow takes"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_before_anything_is_written(
+    place: Path, more: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(place)
+    assert cli.main(["export", RUN_ID, "--to", "out", "--storage", str(place / "runs"), *more]) == 2
+    assert text in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_a_version_keeps_its_files(place: Path) -> None:
+    from mlflow import MlflowClient
+
+    plan, run_id = tracked_run(place)
+    client = MlflowClient(f"sqlite:///{place}/runs/mlflow.db")
+    export(place, run_id, "--register", "wise")
+    folder = "export/dense/step-00000030"
+    card = Path(client.download_artifacts(run_id, f"{folder}/1/README.md")).read_bytes()
+    (plan.run_folder / JOB).write_text(job_to_yaml(plan.job.model_copy(update={"name": "wiser"})))
+    export(place, run_id, "--register", "wise")
+    assert Path(client.download_artifacts(run_id, f"{folder}/1/README.md")).read_bytes() == card
+    assert Path(client.download_artifacts(run_id, f"{folder}/2/README.md")).read_bytes() != card
+    assert client.get_model_version("wise", "1").source != client.get_model_version("wise", "2").source
+    newest = registry.download_run_export(f"sqlite:///{place}/runs/mlflow.db", run_id, "dense", place)
+    assert newest is not None and (newest / "README.md").read_text().startswith("# wiser\n")
+    first, second = found(place, "models:/wise/1"), found(place, "models:/wise/2")
+    assert (first.place != second.place, first.fingerprint) == (True, second.fingerprint)
 
 
 def test_a_download_that_breaks_off_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,6 +866,28 @@ def test_teachers_are_trained_first_and_their_own_before_them(
         train.launch_train(other, place / "jobs", train.TrainOptions())
 
 
+def test_a_teacher_that_is_removed_before_it_is_kept_is_trained_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(spec: Any, command: str, session: Any, display: Any) -> None:
+        ran.append(spec.plan.job.name)
+        complete(spec.plan, spec.phases)
+
+    def keep(teacher: Teacher, stack: ExitStack) -> None:
+        shutil.rmtree(teacher.place)  # as another command's --fresh
+        keep_teacher(teacher, stack)
+
+    monkeypatch.setattr(train, "_run", run)
+    monkeypatch.setattr(train, "keep_teacher", keep)
+    for seed, expected in ((0, ["wise", "wise", "young"]), (1, ["wise", "young"])):
+        ran.clear()
+        result = train.launch_train(student(place, "wise.yaml", seed=seed), place / "jobs", train.TrainOptions())
+        assert (ran, [teacher.reused for teacher in result.teachers]) == (expected, [False])
+        assert teacher_runs.is_trained(found(place, "wise.yaml"))
+
+
 def complete(plan: Plan, phases: Sequence[Any]) -> None:
     for phase in phases:
         folder = plan.phase_folder(phase)
@@ -661,6 +934,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return {**json.loads(out.splitlines()[-1]), "said": err}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_teacher_is_trained_by_its_first_student_and_reused_by_the_second(tmp_path: Path) -> None:
     from mlflow import MlflowClient

@@ -92,6 +92,8 @@ def _train(options: argparse.Namespace) -> None:
     _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
     for teacher in result.teachers:
         _say(_teacher_line(teacher))
+    for name, value in sorted(result.teacher_metrics.items()):
+        _say(f"  {f'teacher/{name}':<24} {value:.4f}")
     if len(result.phases) > 1:
         for phase in result.phases:
             _say(_phase_line(phase))
@@ -152,8 +154,12 @@ def _eval(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from temper.export import export_product, find_product
 
-    if options.alias and not options.register:
+    if options.alias and options.register is None:
         raise JobError([Problem("--alias", options.alias, "is a name for a registered version", "add --register NAME")])
+    if options.register is not None:
+        from temper.tracking.registry import check_name
+
+        check_name(options.register, options.alias)
     product = find_product(options.reference, Path(options.storage), options.phase)
     if options.register and not product.run:
         rule = f"needs the MLflow run of {options.reference}, and no run in its storage says which that is"

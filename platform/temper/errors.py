@@ -33,9 +33,20 @@ class Problem:
 
 
 def _shorten(value: Any, limit: int = 80) -> str:
-    text = value if isinstance(value, str) and value else repr(value)
+    text = value if isinstance(value, str) and value else _spelt(value)
     text = text.replace("\n", "\\n")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _spelt(value: Any) -> str:
+    """The value as a job file spells it, on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spelt, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_spelt(key)}: {_spelt(entry)}' for key, entry in value.items())}}}"
+    return repr(value)
 
 
 class TemperError(Exception):

@@ -87,11 +87,12 @@ def open_place(folder: Path, phase: str | None, reference: str) -> Place:
     return replace(place, job=load_job(folder / JOB), plan=plan)
 
 
-def choose_phase(phases: Mapping[str, str], phase: str | None) -> str:
-    """The fingerprint of the phase of this name, by default of the last, out of those by name. Raises JobError."""
+def choose_phase(phases: Mapping[str, str], phase: str | None, owner: str = "run") -> str:
+    """The fingerprint of the phase of this name, by default of the last, out of those by name. Raises JobError, which
+    calls what has the phases by the word `owner`."""
     name = phase or list(phases)[-1]
     if name not in phases:
-        raise JobError([Problem("--phase", name, "is not a phase of this run", f"use {' or '.join(phases)}")])
+        raise JobError([Problem("--phase", name, f"is not a phase of this {owner}", f"use {' or '.join(phases)}")])
     return phases[name]
 
 

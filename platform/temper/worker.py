@@ -158,7 +158,7 @@ class _Worker:
         stage(f"building {job.model.kind}")
         model = build_model(job.model, plan.data, job.seed)
         self.groups = build_groups(plan.mesh.data, plan.mesh.pipeline, plan.mesh.tensor)
-        if plan.distill is not None:
+        if plan.distill is not None and plan.distill.cache is None:
             stage(f"building the teacher ({', '.join(teacher.name for teacher in plan.distill.teachers)})")
         self.parts = build_parts(plan, self.groups)
         config = spec.phases[0].deepspeed
@@ -193,7 +193,6 @@ class _Worker:
             constants={"phase": float(plan.phases.index(phase))},
         )
         if state.step == 0 and self.parts.technique is not None:
-            self.stage("evaluating the teacher")
             reporter.add_metrics(1, self._evaluate_teacher(self.parts.technique))
         if state.step == 0 or restored:
             self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
@@ -222,7 +221,8 @@ class _Worker:
         if self.groups.replica.size > 1:
             return watch_skips
         ranks = self.groups.data.process_group
-        return TwinWatch(self.engine, self.parts.loss, self.plan.batch.accumulation, ranks, precision.underflow_every)
+        every, has_levels = precision.underflow_every, self.parts.taps is not None
+        return TwinWatch(self.engine, self.parts.loss, self.plan.batch.accumulation, ranks, every, has_levels)
 
     def _train_batches(self, first_step: int, last_step: int) -> Iterator[tuple[Batch, DataState]]:
         plan = self.plan
@@ -274,12 +274,13 @@ class _Worker:
         assert self.plan.distill is not None, "there is a teacher"
         batches = distillation.on_test(self._eval_batches("test"))
         everyone = Group(self.rank, self.world_size, dist.group.WORLD)
-        return teacher_metrics(
-            self.plan.distill.evaluation,
-            lambda: self._measure(lambda logits: logits.to(self.engine.device), batches),
-            everyone,
-            self.rank,
-        )
+        device = self.engine.device
+
+        def measure() -> dict[str, float]:
+            self.stage("evaluating the teacher")
+            return self._measure(lambda logits: logits.to(device), batches)
+
+        return teacher_metrics(self.plan.distill.evaluation, measure, everyone, self.rank)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -6,10 +6,9 @@ import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from temper.config.schema import JobConfig
 from temper.errors import Problem
@@ -19,16 +18,21 @@ Sections = dict[str, type[BaseModel]]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an error's location leads: the path as a user writes it, the section that holds its last key, and the
-    sections that may stand at the path itself, by `kind`."""
+    """Where an error's location leads: the path as a user writes it, the section that holds its last key, and what the
+    schema allows at the path itself."""
 
     path: tuple[str | int, ...]
     parent: type[BaseModel]
-    kinds: Sections
+    annotation: Any
 
     @property
     def key(self) -> str:
         return ".".join(map(str, self.path))
+
+    @property
+    def kinds(self) -> Sections:
+        """The sections that may stand here, by `kind`; none where something plainer may, too."""
+        return {} if _is_mixed(self.annotation) else sections_of(self.annotation)
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,15 @@ class _Broken:
     message: str
 
 
-def explain(error: ValidationError) -> list[Problem]:
-    """One problem for each broken key, in the schema's order."""
+def explain(error: ValidationError, raw: Any) -> list[Problem]:
+    """One problem for each broken key, in the schema's order. `raw` are the values that were validated."""
     by_key: dict[str, list[_Broken]] = {}
     for detail in error.errors(include_url=False):
-        place = _locate(detail["loc"])
-        broken = _Broken(detail["type"], place, detail.get("ctx") or {}, detail["input"], detail["msg"])
-        by_key.setdefault(place.key, []).append(broken)
-    # Where a value may be of several types, each of them complains; the user made one mistake, inside the value if one
-    # of the types found it there.
-    return [
-        _problem(group[0]) if len(group) == 1 else _problem_of_union(group)
-        for key, group in by_key.items()
-        if not any(other.startswith(f"{key}.") for other in by_key)
-    ]
+        place = _locate(detail["loc"], raw)
+        if place is not None:
+            broken = _Broken(detail["type"], place, detail.get("ctx") or {}, detail["input"], detail["msg"])
+            by_key.setdefault(place.key, []).append(broken)
+    return [_problem(group[0]) if len(group) == 1 else _problem_of_union(group) for group in by_key.values()]
 
 
 def suggest(name: Any, known: Iterable[Any], limit: int = 12) -> str:
@@ -71,53 +70,81 @@ def suggest(name: Any, known: Iterable[Any], limit: int = 12) -> str:
 # ---------------------------------------------------------------------------------------------- from loc to schema
 
 
-def _locate(loc: Sequence[str | int]) -> _Place:
-    """Walk pydantic's location through the schema, dropping what it adds of its own (tags of unions, type names)."""
+def _locate(loc: Sequence[str | int], raw: Any) -> _Place | None:
+    """Walk pydantic's location through the schema and the values, dropping what it adds of its own (tags and members
+    of unions). None where the error is of a member that was not meant."""
     annotation: Any = JobConfig
     parent: type[BaseModel] = JobConfig
+    value = raw
     path: list[str | int] = []
     for element in loc:
         sections = sections_of(annotation)
-        if len(sections) > 1:
+        if _is_mixed(annotation):
+            annotation = _meant(annotation, str(element), value)
+            if annotation is None:
+                return None
+        elif len(sections) > 1:
             annotation = sections.get(str(element), Any)
         elif sections:
             (parent,) = sections.values()
             path.append(element)
             field = parent.model_fields.get(str(element))
-            annotation = field.annotation if field else Any
-        elif (chosen := _collection_of(annotation, str(element))) is not None:
-            annotation = chosen
+            annotation, value = (field.annotation if field else Any), _entry(value, element)
         elif (item := _item_of(annotation)) is not None:
             path.append(element)
-            annotation = item
-    return _Place(tuple(path), parent, sections_of(annotation))
+            annotation, value = item, _entry(value, element)
+    return _Place(tuple(path), parent, annotation)
 
 
 def sections_of(annotation: Any) -> Sections:
     """The sections that a value of this annotation may be, by `kind`; {"": section} where there is only one."""
-    sections = list(_members(annotation))
+    sections = [member for member in _members(annotation) if _is_section(member)]
     if len(sections) == 1:
         return {"": sections[0]}
     return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
-def _members(annotation: Any) -> Iterable[type[BaseModel]]:
+def _members(annotation: Any) -> Iterable[Any]:
+    """The types of a union, or the one type that it is, null and constraints left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _members(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for member in get_args(annotation):
             yield from _members(member)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    elif annotation is not types.NoneType:
         yield annotation
 
 
-def _collection_of(annotation: Any, label: str) -> Any:
-    """The list or mapping among the types of a union that pydantic calls `label`, e.g. `dict[str,float]`."""
-    if get_origin(annotation) not in (Union, types.UnionType):
-        return None
-    members = [member for member in get_args(annotation) if get_origin(member) in (list, dict)]
-    return next((member for member in members if label.startswith(f"{get_origin(member).__name__}[")), None)
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_mixed(annotation: Any) -> bool:
+    """Whether this is a union that no `kind` tells apart, only the form of what is written."""
+    members = list(_members(annotation))
+    return len(members) > 1 and not all(map(_is_section, members))
+
+
+def _meant(annotation: Any, label: str, value: Any) -> Any:
+    """The member of a mixed union that pydantic calls `label`; None if `value` has the form of another member.
+
+    A value that is neither a mapping nor a list, or one that no member takes, stays with the union itself: all that
+    its members say is then about the same key.
+    """
+    forms = {dict if _is_section(member) else get_origin(member): member for member in _members(annotation)}
+    meant = forms.get(type(value))
+    if meant is None:
+        return annotation
+    # pydantic's label is the name of a section's class, `list[…]` or `dict[…]`.
+    return meant if label.split("[")[0] == (get_origin(meant) or meant).__name__ else None
+
+
+def _entry(holder: Any, key: str | int) -> Any:
+    """What stands under a key or an index, None where it is missing."""
+    if isinstance(holder, list) and isinstance(key, int):
+        return holder[key]
+    return holder.get(key) if isinstance(holder, dict) else None
 
 
 def _item_of(annotation: Any) -> Any:
@@ -152,12 +179,14 @@ def _problem(broken: _Broken) -> Problem:
 
 
 def _problem_of_union(group: Sequence[_Broken]) -> Problem:
-    # One that says more than that the type is wrong is of the type that was meant.
-    meant = [broken for broken in group if broken.type not in _TYPES]
-    if len(meant) == 1 and meant[0].type != "literal_error":
+    # One that says more than that the form is wrong is of the type that was meant.
+    meant = [broken for broken in group if not broken.type.endswith("_type") and broken.type != "literal_error"]
+    if len(meant) == 1:
         return _problem(meant[0])
-    wanted = list(dict.fromkeys(_wanted(broken) for broken in group))
-    return Problem(group[0].place.key, group[0].value, f"must be {' or '.join(wanted)}{_instead(group[0].value)}")
+    place, value = group[0].place, group[0].value
+    wanted = list(dict.fromkeys(map(_wanted, group)))
+    remedy = _literal_remedy(group[0]) or next(filter(None, map(_type_remedy, group)), "")
+    return Problem(place.key, value, f"must be {' or '.join(wanted)}{_instead(value)}", remedy)
 
 
 def _rule(broken: _Broken) -> tuple[str, str]:
@@ -253,24 +282,14 @@ def _is_number(text: str) -> bool:
 
 
 def _literal_remedy(broken: _Broken) -> str:
-    name = str(broken.place.path[-1])
-    field = broken.place.parent.model_fields.get(name)
-    values = literals_of(field) if field else []
-    close = difflib.get_close_matches(str(broken.value).lower(), [str(value) for value in values], n=1, cutoff=0.6)
+    values = [str(value) for value in _literals_of(broken.place.annotation)]
+    close = difflib.get_close_matches(str(broken.value).lower(), values, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
 
 
-def literals_of(field: FieldInfo) -> list[Any]:
-    """The values that a field of literals allows."""
-
-    def walk(annotation: Any) -> Iterable[Any]:
-        for argument in get_args(annotation):
-            if isinstance(argument, str | int) and not isinstance(argument, bool):
-                yield argument
-            else:
-                yield from walk(argument)
-
-    return list(walk(field.annotation))
+def _literals_of(annotation: Any) -> list[Any]:
+    """The values that literals among the types of this annotation allow."""
+    return [value for member in _members(annotation) if get_origin(member) is Literal for value in get_args(member)]
 
 
 def _missing(broken: _Broken) -> Problem:
@@ -295,7 +314,7 @@ def _unknown(broken: _Broken) -> Problem:
     rule = f"is not a key of {holder}" if holder else "is not a key of a job"
     known = list(broken.place.parent.model_fields)
     elsewhere = _paths_of(name)
-    if broken.place.key in elsewhere:
+    if ".".join(element for element in broken.place.path if isinstance(element, str)) in elsewhere:
         kind = get_args(broken.place.parent.model_fields["kind"].annotation)[0]
         return Problem(broken.place.key, broken.value, f"{rule} of kind {kind}", "leave it out, or choose another kind")
     if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6) or not elsewhere:

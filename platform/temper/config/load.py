@@ -59,7 +59,7 @@ def build_job(raw: Any, overrides: Sequence[str] = (), source: str = "job") -> J
     try:
         job = JobConfig.model_validate(raw)
     except ValidationError as error:
-        raise JobError([*problems, *explain(error)]) from None
+        raise JobError([*problems, *explain(error, raw)]) from None
     if problems:
         raise JobError(problems)
     return job

@@ -169,6 +169,7 @@ class DeepSpeedEngine:
                 self._engine.backward(total(terms))
             self._engine.step()
             add_terms(sums, terms)
+            del inputs, targets  # before the next ones are made
         terms = self._taps.terms() if self._taps is not None else {}
         return {name: value / self._batch.accumulation for name, value in (*sums.items(), *terms.items())}
 
@@ -182,8 +183,10 @@ class DeepSpeedEngine:
         apply_seed(seed, self.device)
 
     def micro_batches(self, inputs: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Any]]:
-        inputs, targets = self._prepared(inputs), targets.to(self.device, non_blocking=True)
-        return zip(inputs.split(self._batch.micro_batch), targets.split(self._batch.micro_batch), strict=True)
+        size = self._batch.micro_batch
+        # Each moves when it comes: the signals of a teacher may be large.
+        parts = (part.to(self.device, non_blocking=True) for part in targets.split(size))
+        return zip(self._prepared(inputs).split(size), parts, strict=True)
 
     def twin(self, dtype: torch.dtype) -> nn.Module:
         """The model, plain and whole on this rank, with the weights that forward uses in `dtype`. Collective."""

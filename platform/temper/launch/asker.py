@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,8 @@ class Asker:
         job = self.plan.job
         assert job.distill is not None, "the plan is that of its section"
         torch.set_num_threads(max(1, int(job.parallel.cpus_per_worker)))
-        asked = self.distill if self.cache.features else replace(self.distill, pairs=())
         device = device_of(self.plan.mesh.device)
-        return build_teacher(asked, self.plan.data, signals=job.distill.signals, device=device)
+        return build_teacher(self.distill, self.plan.data, signals=job.distill.signals, device=device)
 
     def _view(self, view: int, rows: Tensor) -> Tensor:
         """As the student sees `rows` of the training split in this view."""

@@ -25,6 +25,7 @@ from temper.techniques.distill.cache_files import (
     Cut,
     Piece,
     complete_cache,
+    damaged_parts,
     missing_pieces,
     open_manifest,
     plan_cut,
@@ -47,11 +48,14 @@ def make_cache(plan: Plan, import_folders: Sequence[str], say: Callable[[str], N
     for. Raises RunError, or JobError where the job is wrong.
     """
     distill = plan.distill
-    if distill is None or distill.cache is None or _is_sound(distill.cache, say):
+    if distill is None or distill.cache is None or _is_sound(distill.cache):
         return 0
     folder = distill.cache.folder
     with awaited(folder.with_suffix(".lock"), lambda: say("waiting for another command that asks the same teacher")):
-        if _is_sound(distill.cache, say):
+        # Only now: what was damaged before, another command may have mended meanwhile.
+        for file in remove_damaged(folder):
+            say(f"{file} is damaged and is computed anew")
+        if _is_there(distill.cache):
             return 0
         cuts = _plan_cuts(plan, distill, distill.cache, import_folders)
         pieces = missing_pieces(folder, cuts)
@@ -63,12 +67,13 @@ def make_cache(plan: Plan, import_folders: Sequence[str], say: Callable[[str], N
     return examples
 
 
-def _is_sound(cache: CachePlan, say: Callable[[str], None]) -> bool:
-    """Whether the cache is there; what is damaged of it is removed."""
-    if not (cache.folder / MANIFEST).is_file():
-        return False
-    for file in remove_damaged(cache.folder):
-        say(f"{file} is damaged and is computed anew")
+def _is_sound(cache: CachePlan) -> bool:
+    """Whether the cache is there and nothing of it is damaged; only reads, so that it needs no lock."""
+    return not damaged_parts(cache.folder) and _is_there(cache)
+
+
+def _is_there(cache: CachePlan) -> bool:
+    """Raises RunError where the cache is not what was planned."""
     if not (cache.folder / MANIFEST).is_file():
         return False
     open_manifest(cache)
@@ -121,8 +126,7 @@ def _ask(plan: Plan, import_folders: Sequence[str], pieces: Sequence[Piece]) -> 
     askers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(_free_places(plan), len(pieces)))
     try:
         results: list[dict[str, Any]] = work.map(
-            _Process,
-            fn_constructor_args=(plan, tuple(import_folders)),
+            _process_of(plan, tuple(import_folders)),
             compute=askers,
             num_cpus=plan.job.parallel.cpus_per_worker,
             num_gpus=1 if on_gpu else None,
@@ -139,6 +143,17 @@ def _free_places(plan: Plan) -> int:
     free = ray.available_resources()
     places = free.get("CPU", 0.0) / plan.job.parallel.cpus_per_worker
     return max(int(min(places, free.get("GPU", 0.0)) if plan.mesh.device == "cuda" else places), 1)
+
+
+def _process_of(plan: Plan, import_folders: tuple[str, ...]) -> type:
+    """The class of the actors. It holds what they need: Ray complains, on the console, of arguments as large as a
+    plan."""
+
+    class Asking(_Process):
+        def __init__(self) -> None:
+            super().__init__(plan, import_folders)
+
+    return Asking
 
 
 class _Process:

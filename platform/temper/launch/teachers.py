@@ -23,11 +23,22 @@ from temper.config.load import job_folder as folder_of
 from temper.config.load import load_job
 from temper.config.schema import DistillConfig, JobConfig, ModelConfig, TeacherConfig
 from temper.errors import CheckpointError, JobError, Problem, RunError
+from temper.files import read_json
+from temper.launch.weights_file import read_weights_file
 from temper.plan.build import Plan, build_plan
 from temper.plan.distill import Teacher
-from temper.plan.facts import DataFacts, data_facts
+from temper.plan.facts import data_facts
 from temper.plan.mesh import ClusterShape
-from temper.plan.targets import Target, check_target, find_module, hash_module
+from temper.plan.targets import (
+    Target,
+    check_target,
+    displaced_file,
+    find_module,
+    has_own_definition,
+    hash_module,
+    job_targets,
+    local_folders,
+)
 from temper.products import (
     MODEL,
     Place,
@@ -38,13 +49,12 @@ from temper.products import (
     is_phase,
     open_place,
 )
-from temper.run_folder import JOB, PLAN
+from temper.run_folder import JOB, PHASE_MANIFEST, PLAN
 
 Answer = TypeVar("Answer")
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _REGISTERED = re.compile(r"models:/(?P<name>[^/:]+?)(@(?P<alias>[^/:@]+)|/(?P<version>\d+))")
-_MOST_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 
 
 def plan_job(job: JobConfig, cluster: ClusterShape, job_folder: Path, above: tuple[Path, ...] = ()) -> Plan:
@@ -57,17 +67,19 @@ def plan_job(job: JobConfig, cluster: ClusterShape, job_folder: Path, above: tup
         return build_plan(job, cluster, job_folder)
     configs = _teacher_configs(job.distill)
     problems = _check_ensemble(configs)
+    searches = [Search(key, config, job, cluster, job_folder, above) for key, config in configs.items()]
     teachers = []
-    for key, config in configs.items():
+    for search in searches:
         try:
-            teachers.append(find_teacher(Search(key, config, job, cluster, job_folder, above)))
+            teachers.append(find_teacher(search))
         except JobError as error:
             problems += error.problems
     if not problems:
-        problems = [*_check_duplicates(list(configs), teachers), *_check_modules(list(configs), teachers, job_folder)]
+        problems = _check_duplicates(list(configs), teachers)
+        problems += _check_modules(list(configs), teachers, job, job_folder)
     if problems:
         raise JobError([*check_job(job), *problems])
-    return build_plan(job, cluster, job_folder, teachers)
+    return build_plan(_with_teachers(job, [search.located for search in searches]), cluster, job_folder, teachers)
 
 
 def _teacher_configs(distill: DistillConfig) -> dict[str, TeacherConfig]:
@@ -78,6 +90,16 @@ def _teacher_configs(distill: DistillConfig) -> dict[str, TeacherConfig]:
     else:
         every = {"distill.teacher": asked}
     return {key: TeacherConfig(source=item) if isinstance(item, str) else item for key, item in every.items()}
+
+
+def _with_teachers(job: JobConfig, located: Sequence[TeacherConfig]) -> JobConfig:
+    """The job with its teachers named so that it can be planned again from its run's folder."""
+    assert job.distill is not None, "only a student has teachers"
+    asked = job.distill.teacher
+    items = asked if isinstance(asked, list) else [asked]
+    named = [config.source if isinstance(item, str) else config for item, config in zip(items, located, strict=True)]
+    update = {"teacher": named if isinstance(asked, list) else named[0]}
+    return job.model_copy(update={"distill": job.distill.model_copy(update=update)})
 
 
 def _check_ensemble(configs: Mapping[str, TeacherConfig]) -> list[Problem]:
@@ -101,24 +123,27 @@ def _check_duplicates(keys: Sequence[str], teachers: Sequence[Teacher]) -> list[
     return problems
 
 
-def _check_modules(keys: Sequence[str], teachers: Sequence[Teacher], job_folder: Path) -> list[Problem]:
-    """A worker has one module of a name. Refuses a teacher whose code has the name of other code that the worker finds:
-    the student's, or another teacher's."""
+def _check_modules(keys: Sequence[str], teachers: Sequence[Teacher], job: JobConfig, job_folder: Path) -> list[Problem]:
+    """A worker has one module of a name. Refuses a teacher in the place of whose code, or of a helper of its code, a
+    worker would import other code: the student's, or another teacher's; and a student with that of a teacher."""
     problems = []
-    folders = [job_folder]
+    folders = local_folders(job_folder)
     for key, teacher in zip(keys, teachers, strict=True):
+        folders += teacher.import_folders
         if teacher.model.kind == "python":
-            module, own = teacher.model.target.split(":")[0], Path(teacher.import_folders[-1])
-            others = [folder for folder in folders if _has_another(module, own, folder)]
-            if others:
-                rule = f"is built by the module {module} in {own}, and {others[0]} has another of that name"
-                problems.append(Problem(key, teacher.source, rule, "rename one of the two"))
-        folders += map(Path, teacher.import_folders)
+            own = Path(teacher.import_folders[-1])
+            problems += _check_displaced(Target(key, teacher.model.target), teacher.source, own, folders)
+    for target in job_targets(job):
+        problems += _check_displaced(target, target.value, job_folder, folders)
     return problems
 
 
-def _has_another(module: str, own: Path, folder: Path) -> bool:
-    return find_module(module, folder) is not None and hash_module(module, folder) != hash_module(module, own)
+def _check_displaced(target: Target, value: str, own: Path, folders: Sequence[str]) -> list[Problem]:
+    displaced = displaced_file(target.module, own, folders)
+    if displaced is None:
+        return []
+    rule = f"is built with {displaced[0]}, in whose place a worker would import {displaced[1]}"
+    return [Problem(target.key, value, rule, "rename one of the two")]
 
 
 # --------------------------------------------------------------------------------------------------------- one teacher
@@ -149,9 +174,21 @@ class Search:
         named = Path(name).expanduser()
         return [Path.cwd() / named, self.job_folder / named]  # an absolute path stays as it is
 
-    def folders(self, *more: Path) -> tuple[str, ...]:
+    @property
+    def located(self) -> TeacherConfig:
+        """`config` with the paths that it names made absolute."""
+        source, weights = self.config.source, self.config.weights
+        is_there = Path.is_file if source is None or _is_job(source) else Path.is_dir
+        named = {key: name for key, name in (("source", source), ("weights", weights)) if name is not None}
+        update = {
+            key: next((str(path.absolute()) for path in self.candidates(name) if is_there(path)), name)
+            for key, name in named.items()
+        }
+        return self.config.model_copy(update=update)
+
+    def folders(self) -> tuple[str, ...]:
         """Where the module of a teacher is looked for that has no job of its own."""
-        return tuple(dict.fromkeys(str(folder.absolute()) for folder in (Path.cwd(), *more, self.job_folder)))
+        return tuple(local_folders(self.job_folder))
 
 
 def find_teacher(search: Search) -> Teacher:
@@ -166,10 +203,14 @@ def find_teacher(search: Search) -> Teacher:
         return _teacher_of_registry(search)
     if config.source.startswith("runs:/"):
         return _teacher_of_run(search, config.source.removeprefix("runs:/"))
-    if Path(config.source).suffix in (".yaml", ".yml"):
+    if _is_job(config.source):
         return _teacher_of_job(search)
     folder = next((path for path in search.candidates(config.source) if path.is_dir()), None)
     return _teacher_of_run(search, config.source) if folder is None else _teacher_of_folder(search, folder.absolute())
+
+
+def _is_job(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
 
 
 def _refuse_phase(search: Search, what: str) -> None:
@@ -200,13 +241,14 @@ def _teacher_of_job(search: Search) -> Teacher:
                 for problem in error.problems
             ]
         ) from None
-    fingerprint = _chosen(search, {phase.name: phase.fingerprint for phase in plan.phases})
+    fingerprint = _chosen(search, {phase.name: phase.fingerprint for phase in plan.phases}, "job")
     phase = next(phase for phase in plan.phases if phase.fingerprint == fingerprint)
+    place = plan.phase_folder(phase)
     return Teacher(
         name=_name(job.name, phase.name, plan.phases[-1].name),
         source=source,
         kind="phase",
-        place=plan.phase_folder(phase),
+        place=place,
         model=job.model,
         fingerprint=fingerprint,
         shape=plan.data.shape,
@@ -217,6 +259,7 @@ def _teacher_of_job(search: Search) -> Teacher:
         weight=search.config.weight,
         import_folders=(os.getcwd(), str(folder_of(path))),
         plan=plan,
+        is_trained=read_json(place / PHASE_MANIFEST) is not None,
     )
 
 
@@ -229,10 +272,10 @@ def _find_file(search: Search, name: str, what: str, key: str = "") -> Path:
     raise search.problem(f"is not {what} (looked for {looked})", "name an existing file", key)
 
 
-def _chosen(search: Search, phases: dict[str, str]) -> str:
-    """The fingerprint of the phase that is asked for."""
+def _chosen(search: Search, phases: dict[str, str], owner: str = "run") -> str:
+    """The fingerprint of the phase that is asked for; `owner` is what has the phases."""
     try:
-        return choose_phase(phases, search.config.phase)
+        return choose_phase(phases, search.config.phase, owner)
     except JobError as error:
         raise JobError([replace(problem, key=f"{search.key}.phase") for problem in error.problems]) from None
 
@@ -407,20 +450,34 @@ def _answer(search: Search, ask: Callable[[], Answer], remedy: str = "start the 
 
 
 def _teacher_of_export(search: Search, folder: Path, name: str) -> Teacher:
+    """Of an export only values are taken, wherever it comes from, and never code: a `kind: python` network is built by
+    the user's own, and the folder is not searched for modules."""
     job = load_job(folder / JOB)
-    facts = _facts(job, folder)
-    known: dict[str, Any] = {}
-    if facts is not None:
-        known = {"shape": facts.shape, "num_classes": facts.num_classes, "mean": facts.mean, "std": facts.std}
-    return _teacher_of_file(search, name, folder / MODEL, job.model, search.folders(folder), **known)
+    _check_code(search, job.model)
+    return _teacher_of_file(search, name, folder / MODEL, job.model, search.folders(), **_known(job, folder))
 
 
-def _facts(job: JobConfig, folder: Path) -> DataFacts | None:
-    """None where the data of an export's job are not on this machine."""
+def _check_code(search: Search, model: ModelConfig) -> None:
+    """Refuses the target of an export's network unless it is the user's own code: defined in the working directory or
+    where the student's job lies, and in neither an export nor the storage."""
+    if model.kind != "python":
+        return
+    target = Target(search.key, model.target)
+    file = find_module(target.module, search.job_folder) if has_own_definition(target, search.job_folder) else None
+    fetched = search.storage.absolute()
+    if file is None or any(is_export(folder) or folder == fetched for folder in file.absolute().parents):
+        rule = f"is built by code that it names itself: `{model.target}`"
+        raise search.problem(rule, "write model: and weights: in this job")
+
+
+def _known(job: JobConfig, folder: Path) -> dict[str, Any]:
+    """What an export says of its data; where they are not on this machine, the normalisation that its job sets."""
     try:
-        return data_facts(job.data, folder)
+        facts = data_facts(job.data, folder, taught=job.distill is not None)
     except JobError:
-        return None
+        normalize = job.data.normalize
+        return {} if normalize is None else {"mean": tuple(normalize.mean), "std": tuple(normalize.std)}
+    return {"shape": facts.shape, "num_classes": facts.num_classes, "mean": facts.mean, "std": facts.std}
 
 
 def _teacher_of_weights(search: Search) -> Teacher:
@@ -437,36 +494,28 @@ def _teacher_of_weights(search: Search) -> Teacher:
 def _teacher_of_file(
     search: Search, name: str, file: Path, model: ModelConfig, folders: Sequence[str], **known: Any
 ) -> Teacher:
-    if not _is_safetensors(file):
-        raise search.problem(f"is not a safetensors file: {file}", "save the weights with safetensors.torch.save_file")
+    try:
+        weights = read_weights_file(file)
+    except CheckpointError as error:
+        key = "weights" if search.config.source is None else ""
+        raise search.problem(
+            f"cannot be used: {error}", "save the weights with safetensors.torch.save_file", key
+        ) from None
     folders = _module_folders(search, model, folders)
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    parts = [weights.content, json.dumps(model.model_dump(mode="json"), sort_keys=True)]
     return Teacher(
         name=name,
         source=str(search.config.source or search.config.weights),
         kind="weights",
         place=file,
         model=model,
-        fingerprint=_fingerprint([content, json.dumps(model.model_dump(mode="json"), sort_keys=True)], model, folders),
+        fingerprint=_fingerprint(parts, model, folders),
         precision=search.config.precision,
         weight=search.config.weight,
         import_folders=folders,
+        weight_shapes=weights.shapes,
         **known,
     )
-
-
-def _is_safetensors(file: Path) -> bool:
-    """Whether the file begins as the format says: the length of the header in 8 bytes, then the header, in JSON."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= _MOST_HEADER_BYTES:
-            return False
-        header = stream.read(length)
-    try:
-        return isinstance(json.loads(header), dict)
-    except ValueError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------------------- its own code

@@ -92,6 +92,7 @@ class TrainResult:
     """What `temper train --json` prints. `seconds` is the whole command's time; a phase's is its training alone.
 
     `status` is `finished`, or `reused` where all phases were. `checkpoint` and `metrics` are those of the last phase.
+    `teacher_metrics` are the teacher's, all of an ensemble together, on this job's test split.
     """
 
     run_id: str
@@ -102,6 +103,7 @@ class TrainResult:
     metrics: dict[str, float]
     phases: list[PhaseResult] = field(default_factory=list)
     teachers: list[TeacherResult] = field(default_factory=list)
+    teacher_metrics: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,14 +159,18 @@ def train_teachers(plan: Plan, options: TrainOptions, session: RaySession, stack
     teachers before it. Until `stack` is closed none of them is removed. Returns the fingerprints of those trained."""
     trained = set()
     for teacher in teachers_of(plan):
-        if not is_trained(teacher) and _train_teacher(teacher, options, session):
-            trained.add(teacher.fingerprint)
+        is_new = _train_teacher(teacher, options, session)
         keep_teacher(teacher, stack)
+        # Before it was kept, another command's --fresh may have removed it.
+        if _train_teacher(teacher, options, session) or is_new:
+            trained.add(teacher.fingerprint)
     return frozenset(trained)
 
 
 def _train_teacher(teacher: Teacher, options: TrainOptions, session: RaySession) -> bool:
     """Whether there was something left to train, once no other command trains it."""
+    if is_trained(teacher):
+        return False
     assert teacher.plan is not None, "any other teacher is trained"
     title = f"teacher {teacher.name}: "
     with ExitStack() as stack:
@@ -213,6 +219,7 @@ def _result(
         metrics=manifests[-1]["metrics"],
         phases=phases,
         teachers=teacher_results(plan, trained),
+        teacher_metrics=(read_json(plan.distill.evaluation) or {}) if plan.distill is not None else {},
     )
 
 

@@ -95,9 +95,10 @@ def _check_mode(job: JobConfig) -> None:
 
 def _with_live_teacher(job: JobConfig) -> JobConfig:
     """A few steps need no cache, and what it says is what the teacher says; but for `top_k`, which no mesh acts on."""
-    if job.distill is None:
+    if job.distill is None or job.distill.cache == "none":
         return job
-    return job.model_copy(update={"distill": job.distill.model_copy(update={"cache": "none", "top_k": None})})
+    live = {"cache": "none", "top_k": None, "teacher_batch": None}
+    return job.model_copy(update={"distill": job.distill.model_copy(update=live)})
 
 
 def _precisions(job: JobConfig) -> list[JobConfig]:

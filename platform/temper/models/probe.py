@@ -83,6 +83,7 @@ def measure(model: nn.Module, shape: tuple[int, ...], device: str, dtype: torch.
         layers=_layer_facts(model, shape, device, dtype, outputs),
         prunable=prunable_weights(model),
         outputs=module_outputs(model, shape, device, dtype),
+        weight_shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
 
 

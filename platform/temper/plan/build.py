@@ -165,8 +165,9 @@ def _decide(
         splits=model.splits,
     )
     steps = plan_steps(job, data)
-    recipe = ingredients(job, data, mesh, batch, steps, hash_targets(job, job_folder))
-    distill = plan_teaching(job, data, model, teachers, mesh, batch, job_folder)
+    sources = hash_targets(job, job_folder)
+    recipe = ingredients(job, data, mesh, batch, steps, sources)
+    distill = plan_teaching(job, data, model, teachers, mesh, batch, sources, job_folder)
     trained = model  # with what is trained beside the model
     if distill is not None:
         recipe["distill"] = teaching_ingredients(job, distill)

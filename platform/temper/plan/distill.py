@@ -26,10 +26,11 @@ class Teacher:
     """A trained network, found or, as a job's last phase, yet to be trained.
 
     `place` is where its weights are, and `kind` what that is: the folder of a phase or of a checkpoint, or a file of
-    safetensors.
-    `shape`, `num_classes`, `mean` and `std` are those of the data that it was trained on, None and empty where only the
-    network is known. `fingerprint` is over everything that decides its weights. `import_folders` are searched for
-    the `kind: python` target of its model. `plan` is that of its job where it is one, to train it by.
+    safetensors. `shape`, `num_classes`, `mean` and `std` are those of the data that it was trained on, None where only
+    the network is known; an empty `mean` is that of inputs that are used as they are. `fingerprint` is over everything
+    that decides its weights. `import_folders` are searched for the `kind: python` target of its model. `plan` is that
+    of its job where it is one, to train it by, and `is_trained` whether that had come to its end when it was planned.
+    `weight_shapes` are those of the tensors in a file of weights, by their names.
     """
 
     name: str
@@ -40,15 +41,18 @@ class Teacher:
     fingerprint: str
     shape: tuple[int, ...] | None = None
     num_classes: int | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     precision: str = "fp32"
     weight: float = 1.0
     import_folders: tuple[str, ...] = ()
     plan: Plan | None = None
+    is_trained: bool = True
+    weight_shapes: Mapping[str, tuple[int, ...]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("plan", "model", "place")}
+        left_out = ("plan", "model", "place", "is_trained", "weight_shapes")
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         return {**values, "place": str(self.place), "model": self.model.model_dump(mode="json")}
 
 

@@ -94,7 +94,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Memory of the rank that holds most, for the job's mesh, ZeRO stage, precision, optimizer and offload."""
     if job.parallel.mode == "parameter_server":
-        return _worker_and_server(job, model, batch)
+        worker = _worker_and_server(job, model, batch)
+        return worker if distill is None else replace(worker, teacher=_teacher_memory(job, distill, mesh, batch))
     parts = _parts(model, mesh, batch)
     masked = _is_masked(job, model)
     ranks = (_rank_memory(job, part, mesh, batch, masked) for part in parts)
@@ -106,7 +107,7 @@ def _teacher_memory(job: JobConfig, plan: DistillPlan, mesh: MeshPlan, batch: Ba
     assert job.distill is not None, "the plan is that of its section"
     said = sum(math.prod(pair.teacher_shape) for pair in plan.pairs) + math.prod(plan.facts[0].output_shape or ())
     signals = BYTES[job.distill.signals] * said * (batch.rank_batch if mesh.pipeline > 1 else batch.micro_batch)
-    if plan.cache is not None and (plan.cache.features or not plan.pairs):
+    if plan.cache is not None:
         return signals
     weights = 0
     for teacher, facts in zip(plan.teachers, plan.facts, strict=True):

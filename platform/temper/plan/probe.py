@@ -29,7 +29,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.phases import fingerprint, library_versions
 from temper.plan.targets import hash_targets, local_folders
 
-PROBE_VERSION = 4
+PROBE_VERSION = 5
 """Raised when temper's probe or its own models change, so that answers kept from before are not used."""
 
 _TIMEOUT_S = 600
@@ -122,6 +122,7 @@ class ModelFacts:
     the tensor ranks, and `part` what the first of them holds, which holds most; None without tensor parallelism.
     `prunable` are, in the model's order, the whole weights that are neither biases nor a norm's nor an embedding's.
     `outputs` are of the modules inside the model that a forward pass calls, in the order of their last outputs.
+    `weight_shapes` are those of all parameters and persistent buffers, by each of their names.
     """
 
     num_parameters: int
@@ -136,6 +137,7 @@ class ModelFacts:
     part: Weights | None = None
     prunable: tuple[PrunableWeight, ...] = ()
     outputs: tuple[ModuleOutput, ...] = ()
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:

@@ -9,6 +9,7 @@ from temper.config.schema import DistillConfig, JobConfig, PrecisionConfig, Ramp
 from temper.plan.build import Plan
 from temper.plan.distill import DistillPlan, FeaturePair, Teacher
 from temper.plan.dsd import count_pruned
+from temper.plan.facts import labelled_examples
 from temper.plan.memory import MemoryPlan
 from temper.plan.phases import PhasePlan, Pruning, learning_rate, phase_schedule
 from temper.plan.probe import ModelFacts, PrunableWeight
@@ -45,7 +46,6 @@ def _wrapped(label: str, text: str) -> str:
 
 def _what(plan: Plan) -> Sequence[Row]:
     job, data, model = plan.job, plan.data, plan.model
-    held_out = f" + {data.validation_examples:,} held out" if data.validation_examples else ""
     frozen = model.num_parameters - model.num_trainable
     return [
         ("job", job.name),
@@ -56,11 +56,18 @@ def _what(plan: Plan) -> Sequence[Row]:
         ),
         (
             "data",
-            f"{job.data.kind}: {data.train_examples:,} examples{held_out}, {data.test_examples:,} for the test; "
+            f"{job.data.kind}: {data.train_examples:,} examples{_labelled(plan)}, {data.test_examples:,} for the test; "
             f"{_TIMES.join(map(str, data.shape))}" + (f", {data.num_classes} classes" if data.num_classes else ""),
         ),
         ("loss", f"{job.loss.kind}; metrics: {', '.join(job.evaluation.metrics) or 'none'}"),
     ]
+
+
+def _labelled(plan: Plan) -> str:
+    data, share = plan.data, plan.job.data.labels
+    every = data.train_examples + data.left_out_examples
+    labelled = f", {labelled_examples(share, every):,} of {every:,} labelled" if share < 1 else ""
+    return labelled + (f" + {data.validation_examples:,} held out" if data.validation_examples else "")
 
 
 def _model_name(job: JobConfig) -> str:
@@ -88,26 +95,37 @@ def _teaching_rows(plan: Plan) -> Sequence[Row]:
     distill, plans = plan.job.distill, plan.distill
     if distill is None or plans is None:
         return []
-    rows = [("teacher", _teacher(teacher, facts)) for teacher, facts in zip(plans.teachers, plans.facts, strict=True)]
-    soft = f"T {_ramp(distill.temperature)}, alpha {_ramp(distill.alpha)}, {distill.loss.replace('_', ' ')}"
-    rows.append(("soft targets", soft + (", logits standardized" if distill.standardize else "")))
-    rows += [("level", _pair(pair, len(plans.teachers))) for pair in plans.pairs]
-    return [*rows, ("teaching", _placement(plan, plans, distill))]
+    of_several = len(plans.teachers) > 1
+    members = zip(plans.teachers, plans.facts, strict=True)
+    return [
+        *[("teacher", _teacher(teacher, facts, of_several)) for teacher, facts in members],
+        *([] if distill.alpha == 0 else [("soft targets", describe_soft_targets(distill))]),
+        *[("level", describe_level(pair, len(plans.teachers))) for pair in plans.pairs],
+        ("teaching", _placement(plan, plans, distill)),
+    ]
 
 
-def _teacher(teacher: Teacher, facts: ModelFacts) -> str:
-    state = "to be trained first unless it has been" if teacher.plan is not None else f"from {teacher.place}"
+def _teacher(teacher: Teacher, facts: ModelFacts, of_several: bool) -> str:
+    trained = "trained" if teacher.is_trained else "is trained first"
+    weight = f", weight {teacher.weight:g}" if of_several else ""
     return (
-        f"{teacher.name}: {teacher.model.kind}, {facts.num_parameters:,} parameters in {teacher.precision}, "
-        f"{teacher.fingerprint[:10]}…, {state}"
+        f"{teacher.name}: {teacher.model.kind}, {facts.num_parameters:,} parameters in {teacher.precision}{weight}, "
+        f"{teacher.fingerprint[:10]}…, {f'from {teacher.place}' if teacher.plan is None else trained}"
     )
+
+
+def describe_soft_targets(distill: DistillConfig) -> str:
+    """e.g. `T 4, alpha 0.9, decoupled (non_target_weight 8), logits standardized`."""
+    decoupled = f", decoupled (non_target_weight {distill.non_target_weight:g})" if distill.loss == "decoupled" else ""
+    standardized = ", logits standardized" if distill.standardize else ""
+    return f"T {_ramp(distill.temperature)}, alpha {_ramp(distill.alpha)}{decoupled}{standardized}"
 
 
 def _ramp(value: float | RampConfig) -> str:
     return f"{value.start:g} → {value.end:g} ({value.kind})" if isinstance(value, RampConfig) else f"{value:g}"
 
 
-def _pair(pair: FeaturePair, teachers: int) -> str:
+def describe_level(pair: FeaturePair, teachers: int) -> str:
     """e.g. `layer2 16×14×14 → conv1x1 → layer2 64×14×14, mse, weight 1`."""
     student, teacher = (_TIMES.join(map(str, shape)) for shape in (pair.student_shape, pair.teacher_shape))
     which = f" of teacher {pair.of}" if teachers > 1 else ""
@@ -128,7 +146,8 @@ def _connector(pair: FeaturePair) -> Sequence[str]:
 def _placement(plan: Plan, plans: DistillPlan, distill: DistillConfig) -> str:
     if plans.cache is None:
         where = "whole on every rank" if distill.placement == "replicated" else "shared out by ZeRO-3"
-        return f"live, {where}, {plans.rows} examples in a pass"
+        views = f", {_count(distill.views, 'view')} of each example" if distill.views else ""
+        return f"live, {where}, {_count(plans.rows, 'example')} in a pass{views}"
     views = f"{_count(plans.cache.views, 'view')} of " if distill.views else ""
     kept = f"the {plans.cache.top_k} largest logits" if plans.cache.top_k else "all logits"
     what = f"{kept}{' and features' if plans.cache.features else ''} in {distill.signals}"

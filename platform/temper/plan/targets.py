@@ -99,18 +99,17 @@ def find_module(module: str, job_folder: Path) -> Path | None:
 
     The order is that of :mod:`temper.targets`, which loads it.
     """
-    spec: ModuleSpec | None = None
-    folders: Sequence[str] | None = None
-    for part in module.split("."):
-        spec = _find_top(part, job_folder) if folders is None else PathFinder.find_spec(part, list(folders))
+    top, *parts = module.split(".")
+    spec = _find_top(top, local_folders(job_folder))
+    for part in parts:
         if spec is None:
             return None
-        folders = list(spec.submodule_search_locations or ())
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
-def _find_top(name: str, job_folder: Path) -> ModuleSpec | None:
-    spec = PathFinder.find_spec(name, [*sys.path, *local_folders(job_folder)])
+def _find_top(name: str, folders: Sequence[str]) -> ModuleSpec | None:
+    spec = PathFinder.find_spec(name, [*sys.path, *folders])
     if spec is not None:
         return spec
     try:
@@ -124,6 +123,44 @@ def local_folders(job_folder: Path) -> list[str]:
     return list(dict.fromkeys([os.getcwd(), str(job_folder.absolute())]))
 
 
+def has_own_definition(target: Target, job_folder: Path) -> bool:
+    """Whether a file in the working directory or `job_folder`, and not on Python's path, defines the target's function
+    itself: one that it only imports is not its own."""
+    file = find_module(target.module, job_folder)
+    places = [Path(folder, *target.module.split(".")) for folder in local_folders(job_folder)]
+    own = {path.resolve() for place in places for path in (place.with_name(f"{place.name}.py"), place / "__init__.py")}
+    if file is None or file.resolve() not in own:
+        return False
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return False
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return target.function in functions
+
+
+def displaced_file(module: str, job_folder: Path, folders: Sequence[str]) -> tuple[Path, Path] | None:
+    """A file of the code of `module`, as a job in `job_folder` finds it, in whose place another is imported where
+    `folders` are searched, in their order: the two. None where there is none."""
+    files = _source_files(module.split(".")[0], local_folders(job_folder))
+    imported = {top: _files_of(top, folders) for top in {_top_of(name) for name in files}}
+    for name, file in sorted(files.items()):
+        root, found = imported[_top_of(name)]
+        if root is None:
+            continue
+        other = found.get(name)
+        if other is None:
+            return file, root / _top_of(name)
+        if other != file and other.read_bytes() != file.read_bytes():
+            return file, other
+    return None
+
+
+def _top_of(name: str) -> str:
+    """The top-level module or package that a file of :func:`_source_files` belongs to."""
+    return name.split("/")[0].split(".")[0]
+
+
 def hash_targets(job: JobConfig, job_folder: Path) -> dict[str, str]:
     """SHA-256 of the source behind each target of a job that :func:`check_targets` finds nothing wrong with, by key."""
     return {target.key: hash_module(target.module, job_folder) for target in job_targets(job)}
@@ -132,44 +169,52 @@ def hash_targets(job: JobConfig, job_folder: Path) -> dict[str, str]:
 def hash_module(module: str, job_folder: Path) -> str:
     """SHA-256 over names and contents of the files that `module` comes from."""
     digest = hashlib.sha256()
-    for name, file in sorted(_source_files(module.split(".")[0], job_folder).items()):
+    for name, file in sorted(_source_files(module.split(".")[0], local_folders(job_folder)).items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _source_files(top: str, job_folder: Path) -> dict[str, Path]:
-    """Files of the top-level module or package `top` and of local ones that it imports, by a name free of folders."""
-    local = {Path(folder).resolve() for folder in local_folders(job_folder)}
+def _source_files(top: str, folders: Sequence[str]) -> dict[str, Path]:
+    """Files of the top-level module or package `top` and of those in `folders` that it imports, by a name free of
+    folders."""
+    local = {Path(folder).resolve() for folder in folders}
     files: dict[str, Path] = {}
     waiting, seen = [top], {top}
     while waiting:
         name = waiting.pop()
-        root, found = _files_of(name, job_folder)
+        root, found = _files_of(name, folders)
         files |= found
         if root not in local:
             continue  # an installed package; it is not followed into its own dependencies
         imported = {other for file in found.values() for other in _imports(file)}
-        fresh = {other for other in imported - seen if _files_of(other, job_folder)[0] in local}
+        fresh = {other for other in imported - seen if _root_of(_find_top(other, folders)) in local}
         seen |= fresh
         waiting += sorted(fresh)
     return files
 
 
-def _files_of(top: str, job_folder: Path) -> tuple[Path | None, dict[str, Path]]:
+def _files_of(top: str, folders: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
     """The folder that holds the top-level module or package, and its files; (None, {}) where it has none."""
-    spec = _find_top(top, job_folder)
+    spec = _find_top(top, folders)
+    root = _root_of(spec)
+    if spec is None or root is None:
+        return None, {}
+    if spec.submodule_search_locations is None:
+        return root, {Path(str(spec.origin)).name: Path(str(spec.origin))}
+    # Of the portions of a package without an __init__.py, the first one that has a module is asked for it.
+    portions = [Path(portion) for portion in reversed(list(spec.submodule_search_locations))]
+    return root, {
+        f"{top}/{file.relative_to(portion).as_posix()}": file for portion in portions for file in portion.rglob("*.py")
+    }
+
+
+def _root_of(spec: ModuleSpec | None) -> Path | None:
+    """The folder that holds a module's file or a package's folder."""
     if spec is None:
-        return None, {}
+        return None
     if spec.submodule_search_locations is not None:
-        folders = [Path(folder) for folder in spec.submodule_search_locations]
-        files = {
-            f"{top}/{file.relative_to(folder).as_posix()}": file for folder in folders for file in folder.rglob("*.py")
-        }
-        return (folders[0].resolve().parent if folders else None), files
-    if not spec.has_location or spec.origin is None:
-        return None, {}
-    origin = Path(spec.origin)
-    return origin.resolve().parent, {origin.name: origin}
+        return next((Path(portion).resolve().parent for portion in spec.submodule_search_locations), None)
+    return Path(spec.origin).resolve().parent if spec.has_location and spec.origin is not None else None
 
 
 def _imports(file: Path) -> set[str]:

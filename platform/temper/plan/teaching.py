@@ -3,7 +3,8 @@ matched, what is cached."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from temper.config.checks import has_random_augment
 from temper.config.schema import DistillConfig, JobConfig, ParallelConfig, RampConfig
 from temper.errors import JobError, Problem
-from temper.plan.distill import CachePlan, DistillPlan, FeaturePair, Teacher
+from temper.plan.distill import CachePlan, DistillPlan, Teacher
 from temper.plan.facts import DataFacts
 from temper.plan.mesh import BatchPlan, MeshPlan
 from temper.plan.pairs import check_cut, resolve_pairs
@@ -28,9 +29,10 @@ def plan_teaching(
     teachers: Sequence[Teacher],
     mesh: MeshPlan,
     batch: BatchPlan,
+    sources: Mapping[str, str],
     job_folder: Path,
 ) -> DistillPlan | None:
-    """The plan of `job.distill`; None where the job has none.
+    """The plan of `job.distill`; None where the job has none. `sources` are the hashes of the job's targets.
 
     Each teacher is built once in a process of its own, on inputs of the student's shape. Raises JobError with every
     problem found.
@@ -42,8 +44,10 @@ def plan_teaching(
         try:
             facts.append(_teacher_facts(job, data, student, teacher, job_folder))
         except JobError as error:
-            key = "distill.teacher" if len(teachers) == 1 else f"distill.teacher.{index}"
+            key = _key(job.distill, index)
             problems += [replace(problem, key=key, value=teacher.source) for problem in error.problems]
+            continue
+        problems += _check_weights(_weights_key(job.distill, index), teacher, facts[-1])
     problems += [*_check_top_k(job.distill, student), *_check_cache(job.distill, student)]
     if problems:
         raise JobError(problems)
@@ -52,9 +56,22 @@ def plan_teaching(
     if cut:
         raise JobError(cut)
     rows = job.distill.teacher_batch or min(batch.micro_batch, _MOST_ROWS)
-    evaluation = Path(job.storage) / "teachers" / f"{fingerprint(_evaluation_recipe(job, data, teachers))}.json"
+    evaluation = (
+        Path(job.storage) / "teachers" / f"{fingerprint(_evaluation_recipe(job, data, teachers, sources))}.json"
+    )
     plan = DistillPlan(tuple(teachers), tuple(facts), pairs, rows, cache=None, evaluation=evaluation)
-    return plan if job.distill.cache == "none" else replace(plan, cache=_plan_cache(job, data, mesh, plan))
+    return plan if job.distill.cache == "none" else replace(plan, cache=_plan_cache(job, data, mesh, sources, plan))
+
+
+def _key(distill: DistillConfig, index: int) -> str:
+    return f"distill.teacher.{index}" if isinstance(distill.teacher, list) else "distill.teacher"
+
+
+def _weights_key(distill: DistillConfig, index: int) -> str:
+    """What names the file of weights: `weights`, or else the source."""
+    asked = distill.teacher[index] if isinstance(distill.teacher, list) else distill.teacher
+    is_source = isinstance(asked, str) or asked.source is not None
+    return _key(distill, index) if is_source else f"{_key(distill, index)}.weights"
 
 
 def _teacher_facts(
@@ -82,6 +99,26 @@ def _check_data(data: DataFacts, teacher: Teacher) -> list[Problem]:
         rule = f"knows {teacher.num_classes} classes, and the student's data have {data.num_classes}"
         problems.append(Problem("", None, rule, "use a teacher of the student's classes"))
     return problems
+
+
+def _check_weights(key: str, teacher: Teacher, facts: ModelFacts) -> list[Problem]:
+    rule = None if teacher.weight_shapes is None else _misfit(teacher.weight_shapes, facts)
+    return [] if rule is None else [Problem(key, teacher.source, rule, "give the model as it was trained")]
+
+
+def _misfit(shapes: Mapping[str, tuple[int, ...]], facts: ModelFacts) -> str | None:
+    """How weights differ from the model's. A tensor that the model has under several names need be there under one, so
+    that what is missing is told by the number of elements."""
+    unknown = [name for name in shapes if name not in facts.weight_shapes]
+    if unknown:
+        return f"has {unknown[0]}, which is not in the model ({len(unknown)} of {len(shapes)} tensors are not)"
+    for name, shape in shapes.items():
+        if shape != facts.weight_shapes[name]:
+            return f"has {name} in the shape {_shown(shape)}, the model in {_shown(facts.weight_shapes[name])}"
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    if elements < facts.num_parameters:
+        return f"has {elements:,} elements, fewer than the {facts.num_parameters:,} parameters of the model"
+    return None
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:
@@ -132,7 +169,13 @@ def teaching_ingredients(job: JobConfig, plan: DistillPlan) -> dict[str, Any]:
 def _identities(teachers: Sequence[Teacher]) -> list[dict[str, Any]]:
     """What tells teachers apart, beside their names; weights only where there are several."""
     known: list[dict[str, Any]] = [
-        {"fingerprint": teacher.fingerprint, "precision": teacher.precision} for teacher in teachers
+        {
+            "fingerprint": teacher.fingerprint,
+            "precision": teacher.precision,
+            "mean": None if teacher.mean is None else list(teacher.mean),
+            "std": None if teacher.std is None else list(teacher.std),
+        }
+        for teacher in teachers
     ]
     if len(teachers) > 1:
         known = [{**item, "weight": teacher.weight} for item, teacher in zip(known, teachers, strict=True)]
@@ -146,11 +189,12 @@ def _value(value: float | RampConfig) -> Any:
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 
-def _plan_cache(job: JobConfig, data: DataFacts, mesh: MeshPlan, plan: DistillPlan) -> CachePlan:
+def _plan_cache(
+    job: JobConfig, data: DataFacts, mesh: MeshPlan, sources: Mapping[str, str], plan: DistillPlan
+) -> CachePlan:
     distill = job.distill
     assert distill is not None, "the plan is that of its section"
-    features = plan.pairs if distill.cache == "features" else ()
-    recipe = _cache_recipe(job, data, mesh, plan, features)
+    recipe = _cache_recipe(job, data, mesh, sources, plan)
     key = fingerprint(recipe)
     return CachePlan(
         key=key,
@@ -158,12 +202,16 @@ def _plan_cache(job: JobConfig, data: DataFacts, mesh: MeshPlan, plan: DistillPl
         recipe=recipe,
         views=_num_views(job),
         top_k=distill.top_k,
-        features=bool(features),
+        features=bool(plan.pairs),
     )
 
 
 def _cache_recipe(
-    job: JobConfig, data: DataFacts, mesh: MeshPlan, plan: DistillPlan, features: Sequence[FeaturePair]
+    job: JobConfig,
+    data: DataFacts,
+    mesh: MeshPlan,
+    sources: Mapping[str, str],
+    plan: DistillPlan,
 ) -> dict[str, Any]:
     """Everything that decides what the teacher says of the examples, by what a person calls it."""
     assert job.distill is not None, "the plan is that of its section"
@@ -173,19 +221,29 @@ def _cache_recipe(
             "fingerprint": data.fingerprint,
             "holdout": job.data.holdout,
             "omitted": sorted(job.data.omit_classes),
+            "source": sources.get("data.target"),
         },
         "augmentation": _augmentation(job),
         "normalisation": {"mean": list(data.mean), "std": list(data.std)},
-        "features": [[pair.of, pair.teacher] for pair in features],
+        "features": [[pair.of, pair.teacher] for pair in plan.pairs],
         "signals": job.distill.signals,
         "top_k": job.distill.top_k,
         "rows": plan.rows,
         "device": {"kind": mesh.device, "threads": job.parallel.cpus_per_worker if mesh.device == "cpu" else None},
-        "libraries": {**library_versions(job), "temper": str(NUMERICS_VERSION)},
+        "libraries": {**_teachers_libraries(job, plan.teachers), "temper": str(NUMERICS_VERSION)},
     }
 
 
-def _evaluation_recipe(job: JobConfig, data: DataFacts, teachers: Sequence[Teacher]) -> dict[str, Any]:
+def _teachers_libraries(job: JobConfig, teachers: Sequence[Teacher]) -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for teacher in teachers:
+        versions |= library_versions(job.model_copy(update={"model": teacher.model}))
+    return versions
+
+
+def _evaluation_recipe(
+    job: JobConfig, data: DataFacts, teachers: Sequence[Teacher], sources: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything that decides the teacher's metrics, but for the last bits."""
     assert job.distill is not None, "only a student asks"
     return {
@@ -196,6 +254,7 @@ def _evaluation_recipe(job: JobConfig, data: DataFacts, teachers: Sequence[Teach
         "loss": job.loss.model_dump(mode="json"),
         "metrics": list(job.evaluation.metrics),
         "signals": job.distill.signals,
+        "sources": [sources.get("data.target"), sources.get("loss.target")],
     }
 
 

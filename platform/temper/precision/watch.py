@@ -75,7 +75,8 @@ class TwinWatch:
 
     Every `underflow_every` steps (0: never) two further passes through one micro-batch, which on a CPU take 1.2 times
     as long as a step with one micro-batch; after a skipped step a pass through its micro-batches up to the one that is
-    not finite, at most two steps' time. Twins are freed before the next step.
+    not finite, at most two steps' time. Twins are freed before the next step. They have no levels of a distillation,
+    whose gradients are in no sample: `has_levels` says that there are some.
     """
 
     engine: Watchable
@@ -83,6 +84,7 @@ class TwinWatch:
     accumulation: int
     group: dist.ProcessGroup | None
     underflow_every: int
+    has_levels: bool = False
 
     def __call__(self, step: WatchedStep) -> Observation:
         metrics = self._underflow(step) if self.underflow_every and step.step % self.underflow_every == 0 else {}
@@ -111,7 +113,8 @@ class TwinWatch:
         micro_batches = self.engine.micro_batches(step.inputs, step.targets)
         with self.engine.arithmetic():
             place = first_non_finite(twin, self.loss, micro_batches, self._factor(step), self.group)
-        return place or "no value of any rank alone is non-finite; the sum of the gradients over ranks was"
+        unsearched = ", or the loss of a level, which is not searched," if self.has_levels else ""
+        return place or f"no value of any rank alone is non-finite; the sum of the gradients over ranks{unsearched} was"
 
 
 def _scale(step: WatchedStep) -> str:

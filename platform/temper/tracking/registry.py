@@ -6,12 +6,13 @@ that cannot be reached or does not take something is a RunError.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from temper.errors import RunError
+from temper.errors import JobError, Problem, RunError
 from temper.tracking.mlflow_store import build_client, first_line
 from temper.tracking.redact import redact_text
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 EXPORT = "export"
-"""The folder of a run's artifacts that its exports are in: `export/<phase>/<checkpoint>/`."""
+"""The folder of a run's artifacts that its exports are in: `export/<phase>/<checkpoint>/<number>/`. A number, counted
+from 1, is never written again: a version of a registered model is its files."""
 
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that no version has
 
@@ -29,18 +31,19 @@ _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latte
 def register_export(
     uri: str, run_id: str, files: Mapping[str, Path], texts: Mapping[str, str], path: str, name: str, alias: str | None
 ) -> str:
-    """Logs `files` and `texts`, by their names, as the run's artifacts `export/<path>/`, makes them a version of the
-    registered model `name`, which is created where there is none, and gives it the alias. Returns the version."""
+    """Logs `files` and `texts`, by their names, as the run's artifacts `export/<path>/<number>/`, makes them a version
+    of the registered model `name`, which is created where there is none, and gives it the alias. `path` is
+    `<phase>/<checkpoint>`, and the number a new one. Returns the version."""
 
     def register(client: MlflowClient) -> str:
-        place = f"{EXPORT}/{path}"
+        _create_model(client, name)
+        place = f"{EXPORT}/{path}/{max(_numbers(client, run_id, f'{EXPORT}/{path}'), default=0) + 1}"
         with tempfile.TemporaryDirectory() as folder:
             for file_name, file in files.items():
                 (Path(folder) / file_name).symlink_to(file.absolute())
             for file_name, text in texts.items():
                 (Path(folder) / file_name).write_text(text)
             client.log_artifacts(run_id, folder, place)
-        _create_model(client, name)
         source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
         version = str(client.create_model_version(name, source, run_id).version)
         if alias is not None:
@@ -48,6 +51,24 @@ def register_export(
         return version
 
     return _told(uri, register)
+
+
+def check_name(name: str, alias: str | None) -> None:
+    """Raises JobError where MLflow takes no registered model of this name, or no such alias."""
+    problems = []
+    if re.search("[/:]", name) or name != name.strip() or name in ("", ".") or name.startswith(".."):
+        rule = "is not a name that MLflow takes for a registered model"
+        problems.append(Problem("--register", name, rule, "use one without /, : and spaces around it"))
+    if alias is not None and (not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch("(?i)latest|v[0-9]+", alias)):
+        rule = "is not an alias that MLflow takes"
+        problems.append(Problem("--alias", alias, rule, "use letters, digits, _ and -, but not latest or v1, v2, …"))
+    if problems:
+        raise JobError(problems)
+
+
+def _numbers(client: MlflowClient, run_id: str, folder: str) -> list[int]:
+    """Of the exports of a checkpoint in the artifacts' folder `export/<phase>/<checkpoint>`."""
+    return [int(Path(item.path).name) for item in client.list_artifacts(run_id, folder) if item.is_dir]
 
 
 def _create_model(client: MlflowClient, name: str) -> None:
@@ -86,8 +107,11 @@ def download_run_export(uri: str, run_id: str, phase: str, to: Path) -> Path | N
     """Copies the newest export of the run's phase into the folder `to`; the folder there that has it."""
 
     def download(client: MlflowClient) -> Path | None:
-        exports = [item.path for item in client.list_artifacts(run_id, f"{EXPORT}/{phase}") if item.is_dir]
-        return Path(client.download_artifacts(run_id, max(exports), str(to))) if exports else None
+        checkpoints = [item.path for item in client.list_artifacts(run_id, f"{EXPORT}/{phase}") if item.is_dir]
+        if not checkpoints:
+            return None
+        newest = max(_numbers(client, run_id, max(checkpoints)))
+        return Path(client.download_artifacts(run_id, f"{max(checkpoints)}/{newest}", str(to)))
 
     return _asked(uri, download)
 

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import TypeAdapter
 
 import temper
 from temper.config.load import load_job
 from temper.config.schema import JobConfig
 from temper.errors import JobError, Problem, RunError
 from temper.files import read_json
+from temper.plan.distill import FeaturePair
 from temper.plan.phases import library_versions
+from temper.plan.show import describe_level, describe_soft_targets
 from temper.run_folder import HISTORY, JOB, PHASE_MANIFEST, PLAN, RUN, WEIGHTS
 from temper.techniques.dsd.summary import LEVELS
 from temper.tracking.figures import PhaseData, Round, draw_figures, rounds, short_name
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 REPORT = "report.html"
 
 _PHASES = "phases"
+_TEACHER = "teacher/"  # what the names of the teacher's metrics on the student's test split begin with
+_PAIRS = TypeAdapter(list[FeaturePair])
 _CAPTIONS = {
     "training": "Evaluation, losses and learning rate. Where losses are many, a point is the mean of some in a row.",
     "sparsity": "Share of the weights that are exactly zero, as each evaluation found it.",
@@ -186,6 +191,7 @@ def _job_rows(run: _Run) -> list[tuple[str, str]]:
         ("loss", _flow(job.loss)),
         ("optimizer", _flow(job.optimizer)),
         *dsd,
+        *_teaching_rows(run),
         ("precision", job.precision.dtype),
         (
             "ranks",
@@ -195,6 +201,30 @@ def _job_rows(run: _Run) -> list[tuple[str, str]]:
         ("batch", f"{batch['global_batch']:,} examples, in micro-batches of {batch['micro_batch']:,}"),
         ("seed", str(job.seed)),
     ]
+
+
+def _teaching_rows(run: _Run) -> list[tuple[str, str]]:
+    distill, plan = run.job.distill, run.plan.get("distill")
+    if distill is None or plan is None:
+        return []
+    teachers, pairs = plan["teachers"], _PAIRS.validate_python(plan["pairs"])
+    first = run.phases[0].records[0]["metrics"] if run.phases[0].records else {}
+    measured = {name.removeprefix(_TEACHER): value for name, value in first.items() if name.startswith(_TEACHER)}
+    return [
+        *[("taught by", _teacher(teacher, len(teachers) > 1)) for teacher in teachers],
+        *([("teacher on the test split", _metrics(measured))] if measured else []),
+        *([] if distill.alpha == 0 else [("soft targets", describe_soft_targets(distill))]),
+        *[("level", describe_level(pair, len(teachers))) for pair in pairs],
+    ]
+
+
+def _teacher(teacher: Mapping[str, Any], of_several: bool) -> str:
+    weight = f", weight {teacher['weight']:g}" if of_several else ""
+    return f"{teacher['name']}, {teacher['fingerprint'][:10]}{weight}"
+
+
+def _metrics(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(values.items()))
 
 
 def _flow(section: Any) -> str:

@@ -300,18 +300,19 @@ def _shorten(value: Any, limit: int = 100) -> str:
 
 
 def damaged_parts(folder: Path) -> list[Path]:
-    """The files of a complete cache that are missing or have not the checksum that its manifest says."""
-    manifest = read_json(folder / MANIFEST)
+    """The files of a complete cache that are missing or have not the checksum that its manifest says; only reads."""
+    manifest = read_json(folder / MANIFEST) or {"parts": []}
     parts = {folder / part["name"]: part["sha256"] for part in manifest["parts"]}
     found = dict(zip(parts, _digests(list(parts)), strict=True))
     return [file for file, digest in parts.items() if found[file] != digest]
 
 
 def remove_damaged(folder: Path) -> list[Path]:
-    """Removes the damaged files of a complete cache, which is incomplete then, and returns them."""
+    """Removes the damaged files of a complete cache, which is incomplete then, and returns them. For who has the
+    cache's lock: what another command mends is not damaged for long."""
     damaged = damaged_parts(folder)
     if damaged:
-        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).unlink(missing_ok=True)
     for file in damaged:
         file.unlink(missing_ok=True)
     return damaged

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from temper.errors import RunError
 from temper.parallel.collectives import gather_from_group
 from temper.parallel.image_block import ImageBlock
 from temper.plan.distill import Connector, FeaturePair
@@ -185,7 +186,15 @@ class FeatureTaps:
             waiting.append(features)
 
     def terms(self) -> dict[str, Tensor]:
-        """The weighted losses computed here, each summed over the step's micro-batches so far."""
+        """The weighted losses computed here, each summed over the step's micro-batches.
+
+        Raises RunError where a micro-batch did not come to a level: those after it were compared with another one's.
+        """
+        missed = [tap for tap, waiting in self._fed.items() if waiting]
+        if missed:
+            raise RunError(
+                f"distill.features: {missed[0]} of the student is not called in every pass; pair another module"
+            )
         return dict(self._sums)
 
     def _hook_of(self, tap: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -195,6 +204,9 @@ class FeatureTaps:
         def hook(module: nn.Module, _: Any, output: Any) -> Any:
             if not (module.training and self._fed[tap]):
                 return output
+            if not torch.is_grad_enabled():
+                # Its recomputation would find no level of the teacher's left.
+                raise RunError(f"distill.features: {tap} of the student is checkpointed; pair a module around it")
             features = self._fed[tap].popleft()
             level = _whole(module, output)
             losses = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +57,3 @@ class Lesson:
     def split(self, size: int) -> Iterator[Taught]:
         for targets, inputs in zip(self.targets.split(size), self.inputs.split(size), strict=True):
             yield Taught(targets, self.ask(inputs).to(targets.device))
-
-
-def plain_targets(targets: Any) -> Tensor:
-    """The targets alone."""
-    return targets if isinstance(targets, Tensor) else targets.targets

@@ -230,11 +230,14 @@ def _renormalisation(
     data: DataFacts, teacher: Teacher, device: torch.device
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """From x = (value − mean) / std with the student's mean and std to the same with the teacher's: scale and shift."""
-    known = data.mean and teacher.mean
-    if not known or (data.mean, data.std) == (teacher.mean, teacher.std):
+    if teacher.mean is None or teacher.std is None or (data.mean, data.std) == (teacher.mean, teacher.std):
         return None, None
-    mean, std, own_mean, own_std = (
-        torch.tensor(values, dtype=torch.float64) for values in (data.mean, data.std, teacher.mean, teacher.std)
+    # Without a mean inputs are used as they are.
+    channels = len(data.mean or teacher.mean)
+    plain = (0.0,) * channels, (1.0,) * channels
+    (mean, std), (own_mean, own_std) = (
+        (torch.tensor(values, dtype=torch.float64) for values in (pair if pair[0] else plain))
+        for pair in ((data.mean, data.std), (teacher.mean, teacher.std))
     )
     return (std / own_std).float().to(device), ((mean - own_mean) / own_std).float().to(device)
 
