@@ -49,6 +49,7 @@ from torch import Tensor
 
 from dsd_experiment import paired_difference
 from temper.config.load import load_job
+from temper.config.schema import JobConfig
 from temper.data.batches import eval_batches
 from temper.data.sources import SplitName, load_split
 from temper.export import Product, find_product, load_model
@@ -239,24 +240,28 @@ class Setting:
             keys.append(f"distill.teacher={self.teacher}")
         if arm == "label_smoothing" and self.smoothing is not None:
             keys.append(f"loss.label_smoothing={self.smoothing}")
-        if self.shorten > 1:
-            assert job.budget.steps is not None, "the shipped arms count in steps"
-            keys.append(f"budget.steps={job.budget.steps // self.shorten}")
-        return keys
+        return keys + shortened(job, self.shorten)
 
     def plan(self, arm: str, seed: int) -> Plan:
         job = load_job(ROOT / job_of(arm), self.keys(arm, seed))
         return plan_job(job, cluster_shape("local"), ROOT / job_of(arm).parent)
 
 
+def shortened(job: JobConfig, times: int) -> list[str]:
+    """The keys that make a job so many times shorter."""
+    if times == 1:
+        return []
+    keys = [f"optimizer.schedule.warmup_steps={job.optimizer.schedule.warmup_steps // times}"]
+    if job.budget.epochs is not None:
+        keys.append(f"budget.epochs={job.budget.epochs / times}")
+    if job.budget.steps is not None:
+        keys.append(f"budget.steps={job.budget.steps // times}")
+    return keys
+
+
 def train_teacher(storage: Path, shorten: int) -> tuple[Path, dict[str, Any]]:
     """The folder of the trained teacher, and its errors and cost."""
-    keys = [f"storage={storage}"]
-    if shorten > 1:
-        epochs = load_job(ROOT / TEACHER).budget.epochs
-        assert epochs is not None, "the shipped teacher counts in epochs"
-        keys.append(f"budget.epochs={epochs / shorten}")
-    result = train(TEACHER, keys)
+    result = train(TEACHER, [f"storage={storage}", *shortened(load_job(ROOT / TEACHER), shorten)])
     found = asdict(outcome(result))
     del found["teacher"]
     return Path(result["checkpoint"]).parent.parent, found
@@ -309,9 +314,8 @@ def make_caches(arms: Sequence[str], setting: Setting, costs: Path) -> dict[str,
 
 
 def _seconds_of_a_step(arm: str, seed: int, setting: Setting) -> float:
-    return float(
-        train(job_of(arm), [*setting.keys(arm, seed), "budget.steps=1", "optimizer.schedule.warmup_steps=0"])["seconds"]
-    )
+    keys = [*setting.keys(arm, seed), "budget.steps=1", "optimizer.schedule.warmup_steps=0"]
+    return float(train(job_of(arm), keys)["seconds"])
 
 
 def check_caches(caches: Mapping[str, Mapping[str, Any]], examples: int) -> None:

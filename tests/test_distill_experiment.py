@@ -288,6 +288,10 @@ def test_what_the_commands_set() -> None:
     job = load_job(ROOT / "jobs" / "distill" / "soft_t4.yaml", short)
     assert job.distill is not None
     assert (job.budget.steps, job.distill.teacher) == (43, "/s/phases/t")
+    assert job.optimizer.schedule.warmup_steps == 2
+    teacher = load_job(ROOT / "jobs" / "fashion_teacher.yaml")
+    assert experiment.shortened(teacher, 1) == []
+    assert experiment.shortened(teacher, 5) == ["optimizer.schedule.warmup_steps=20", "budget.epochs=2.0"]
 
 
 def test_every_seed_of_every_arm_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +313,7 @@ def test_a_cache_is_made_and_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_
     commands = []
 
     def train(job: Path, keys: Sequence[str]) -> dict[str, Any]:
-        assert keys[-1] == "budget.steps=1"
+        assert keys[-2:] == ["budget.steps=1", "optimizer.schedule.warmup_steps=0"]
         commands.append((job.stem, keys[0]))
         folder = folders[job.stem]
         made = (folder / "manifest.json").exists()
