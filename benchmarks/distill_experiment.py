@@ -293,7 +293,8 @@ def make_caches(arms: Sequence[str], setting: Setting, costs: Path) -> dict[str,
     """By its key, each cache of the arms: who reads it, of how many examples the teacher was asked for it, and what
     that cost: the seconds by which a command that trains one step is longer with it to be made than without.
 
-    A cost is measured when the cache is made, and kept in the file `costs`; it is None of a cache that was there.
+    A cost is measured when the cache is made, and kept in the file `costs`; it is None of a cache that was there, and
+    where the machine was too busy with other things for it to show.
     """
     known = read_json(costs) or {}
     plans = {arm: setting.plan(arm, 0).distill for arm in arms}
@@ -305,7 +306,7 @@ def make_caches(arms: Sequence[str], setting: Setting, costs: Path) -> dict[str,
             continue
         if not (cache.folder / "manifest.json").exists():
             first, second = (_seconds_of_a_step(arm, seed, setting) for seed in (0, 1))
-            known[cache.key] = first - second
+            known[cache.key] = first - second if first > second else None
             write_json(costs, known)
         examples = open_manifest(cache)["teacher_examples"]
         caches[cache.key] = {"arms": [arm], "teacher_examples": examples, "seconds": known.get(cache.key)}
