@@ -395,6 +395,7 @@ def _sum(rank: int, cached: CachedSignals) -> float:
     return float(cached.signals(rows, rows % VIEWS).logits.double().sum())
 
 
+@pytest.mark.slow
 def test_two_processes_read_one_cache(tmp_path: Path) -> None:
     cached = CachedSignals(made(planned(tmp_path)), PAIRS)
     check_all(pickle.loads(pickle.dumps(cached)))
@@ -525,6 +526,7 @@ def digits_plan(folder: Path, **distill: Any) -> Plan:
     return build_plan(job, ClusterShape(1, 2.0, 0.0), folder, [teacher])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_data_makes_what_a_live_teacher_says(
     embedded_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -172,6 +172,7 @@ def test_train_refuses_before_it_starts(
     assert asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_train_a_few_steps(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"

@@ -204,6 +204,7 @@ def test_eval_and_export_of_the_run(unbroken: tuple[Path, dict[str, Any], str]) 
     assert torch.equal(exported["head.weight"], state[f"{MASTER}/head.weight"])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(tmp_path: Path, unbroken: tuple[Path, dict[str, Any], str]) -> None:
     process = start(write_job(tmp_path))
     wait_for_step(process, tmp_path, random.Random(SEED).randint(15, 60))
@@ -254,6 +255,7 @@ def test_an_interrupted_run_saves_and_goes_on_past_a_damaged_checkpoint(
     check_same(tmp_path, result, unbroken)
 
 
+@pytest.mark.slow
 def test_a_broken_model_fails_at_once_with_its_own_error(tmp_path: Path) -> None:
     path = write_job(tmp_path, model={"kind": "python", "target": "slow_net:build_broken"})
     code, result, err = finish(start(path))
