@@ -150,7 +150,8 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
             with _display(options.display, plan) as display:
                 _run(WorkerSpec(plan, pending, import_folders(job_folder)), options.command, session, display)
         else:
-            _deliver_late(plan, job_folder, options.command)
+            _deliver_late(WorkerSpec(plan, (), import_folders(job_folder)), options.command)
+        _deliver_teachers(plan, options.command)
         return _result(plan, pending, time.perf_counter() - started, trained)
 
 
@@ -470,9 +471,24 @@ def _deliver(run: TrackedRun, plan: Plan, status: RunStatus) -> bool:
     return delivered
 
 
-def _deliver_late(plan: Plan, job_folder: Path, command: str) -> None:
+def _deliver_late(spec: WorkerSpec, command: str) -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
-    known = read_json(plan.run_folder / RUN) or {}
+    known = read_json(spec.run_folder / RUN) or {}
     if not known.get("delivered"):
-        _prepare_folders(WorkerSpec(plan, (), import_folders(job_folder)))
-        _deliver(_open_run(plan, command), plan, "FINISHED")
+        _prepare_folders(spec)
+        _deliver(_open_run(spec.plan, command), spec.plan, "FINISHED")
+
+
+def _deliver_teachers(plan: Plan, command: str) -> None:
+    """:func:`_deliver_late` for the runs of teachers that this storage has begun and that are complete."""
+    for teacher in teachers_of(plan):
+        own = teacher.plan
+        if own is None or not (own.run_folder / RUN).exists() or not all(is_complete(own, each) for each in own.phases):
+            continue
+        try:
+            with claimed(own.run_folder / LOCK, f"{own.job.name}, {own.fingerprint[:10]},"):
+                _deliver_late(WorkerSpec(own, (), teacher.import_folders), command)
+        except RunError:
+            # Another command is at it, or MLflow is away; the student's result is there all the same.
+            continue
+        _deliver_teachers(own, command)
