@@ -834,6 +834,24 @@ def test_a_teacher_in_use_is_not_removed(place: Path) -> None:
     assert not teacher_runs.is_trained(found(place, "wise.yaml"))
 
 
+def test_a_teachers_run_that_broke_off_at_its_end_is_delivered_by_its_student(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its phases are complete, so that no command would run it again."""
+    delivered: list[str] = []
+    monkeypatch.setattr(train, "_run", lambda spec, *_: complete(spec.plan, spec.phases))
+    monkeypatch.setattr(train, "_deliver_late", lambda spec, command: delivered.append(spec.plan.job.name))
+    job = student(place, "wise.yaml")
+    train.launch_train(job, place / "jobs", train.TrainOptions())
+    assert delivered == []  # of a teacher that this storage has never begun nothing is known
+    own = found(place, "wise.yaml").plan
+    assert own is not None
+    own.run_folder.mkdir(parents=True, exist_ok=True)
+    (own.run_folder / "run.json").write_text('{"run_id": "r", "uri": "sqlite:///x", "open": true}')
+    train.launch_train(job, place / "jobs", train.TrainOptions())
+    assert delivered == ["young", "wise"]
+
+
 def test_teachers_are_trained_first_and_their_own_before_them(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
