@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import temper
+from mlp_facts import FACTS
 from temper import checkpoint
 from temper.checkpoint import BUFFER, MASTER, Shard
 from temper.cli import main
@@ -29,17 +30,7 @@ from temper.plan import probe
 from temper.plan.build import build_plan
 from temper.plan.facts import data_facts
 from temper.plan.mesh import local_cluster
-from temper.plan.probe import ModelFacts
 
-FACTS = ModelFacts(
-    num_parameters=2410,
-    num_trainable=2410,
-    parameter_sizes=(2048, 32, 320, 10),
-    buffer_bytes=0,
-    activation_bytes_per_example=512,
-    forward_flops_per_example=4800,
-    output_shape=(10,),
-)
 RUN_ID = "0123456789abcdef0123456789abcdef"
 COMMANDS = ("plan", "train", "eval", "export", "report", "ui", "doctor")
 

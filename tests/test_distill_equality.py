@@ -3,8 +3,6 @@ in one process gives, on whichever stage, rank or part of an image a level is co
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import run_distributed
 from engine_cases import OPTIMIZERS, TORCH, Case, build_batches, build_engine, cross_entropy, rank_rows, save
+from mesh_runs import Run, Trained, every, legal_cases
 from temper.checkpoint import MASTER, CheckpointReader, model_state
-from temper.config.checks import check_job
 from temper.config.schema import CrossEntropyLoss, DistillConfig, PrecisionConfig
 from temper.engine.parameter_server import MiniBatch, Replica
-from temper.parallel.groups import MeshGroups, build_groups
+from temper.parallel.groups import MeshGroups
 from temper.plan.distill import CONNECTORS, Connector, FeaturePair
 from temper.techniques.distill.features import FeatureTaps, build_connectors
 from temper.techniques.distill.signals import Lesson, Signals, Taught
@@ -27,7 +24,6 @@ from temper.techniques.distill.soft_targets import DistillLoss
 
 STEPS = 6
 TEMPERATURE, ALPHA = 4.0, 0.7
-SCALE = {"initial_scale": 1024.0, "scale_window": 2}
 # With a level between two layers that share one exchange, one before an activation in place, one behind it; two stages
 # have levels of their own.
 PAIRS = (
@@ -124,7 +120,8 @@ def reference(case: Case) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
 # ----------------------------------------------------------------------------------------------------- on a mesh
 
 
-def train_case(case: Case, folder: Path, groups: MeshGroups) -> dict[str, Any]:
+def train_run(run: Run, folder: Path, groups: MeshGroups) -> dict[str, Any]:
+    case = run.case
     config = DistillConfig.model_validate({"teacher": "t", "temperature": TEMPERATURE, "alpha": ALPHA})
     loss = DistillLoss(cross_entropy, config, CrossEntropyLoss(kind="cross_entropy"), STEPS)
     taps = FeatureTaps(PAIRS, 0)
@@ -141,82 +138,15 @@ def train_case(case: Case, folder: Path, groups: MeshGroups) -> dict[str, Any]:
     return {"end": save(engine, folder, STEPS), "terms": terms, "applied": applied, "logits": logits}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A case on `workers` replicas."""
-
-    workers: int
-    case: Case
-
-    @property
-    def ranks(self) -> int:
-        return self.workers * self.case.pipeline * self.case.tensor
-
-    def __str__(self) -> str:
-        return f"data{self.workers}-{self.case}"
-
-
-def _runs() -> list[Run]:
-    """Every legal mesh × ZeRO stage × precision of up to four ranks, with the optimizers dealt out in turn, clipping
-    and two micro-batches always on."""
-    degrees = itertools.product((1, 2), (1, 2), (1, 2), (0, 1, 2, 3), ("fp32", "bf16", "fp16"))
-    runs = []
-    for workers, pipeline, tensor, zero, dtype in degrees:
-        for splits in SPLITS.values() if tensor > 1 else ({},):
-            case = Case(zero=zero, dtype=dtype, clip=1.0, accumulation=2, pipeline=pipeline, tensor=tensor, cut=CUT)
-            case = replace(case, splits=splits, scale=SCALE if dtype == "fp16" else {})
-            runs += [(workers, case), *([(workers, replace(case, offload="cpu"))] if zero and workers == 2 else [])]
-    legal = [
-        Run(*item)
-        for item in runs
-        if not check_job(item[1].job(item[0])) and item[0] * item[1].pipeline * item[1].tensor < 8
-    ]
-    optimizers = itertools.cycle(OPTIMIZERS)
-    return [replace(run, case=replace(run.case, optimizer=next(optimizers))) for run in legal]
-
-
-RUNS = _runs()
-
-
-def _train_all(rank: int, runs: list[Run], folder: Path) -> dict[str, dict[str, Any]]:
-    groups: dict[tuple[int, int, int], MeshGroups] = {}
-    results = {}
-    for run in runs:
-        mesh = run.workers, run.case.pipeline, run.case.tensor
-        if mesh not in groups:
-            groups[mesh] = build_groups(*mesh)
-        results[str(run)] = train_case(run.case, folder / str(run), groups[mesh])
-    return results
-
-
-class Trained:
-    """What each run gave, of all ranks; the first one of so many ranks trains all of them, slow ones apart."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._results: dict[tuple[int, bool], list[dict[str, dict[str, Any]]]] = {}
-
-    def __getitem__(self, run: Run) -> list[dict[str, Any]]:
-        group = ranks, slow = run.ranks, _is_slow(run)
-        if group not in self._results:
-            runs = [other for other in RUNS if (other.ranks, _is_slow(other)) == (ranks, slow)]
-            self._results[group] = run_distributed(_train_all, ranks, runs, self._folder)
-        return [results[str(run)] for results in self._results[group]]
+RUNS = [Run(*item) for item in legal_cases(Case(clip=1.0, accumulation=2, cut=CUT), SPLITS)]
+every_run = every(RUNS)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return Trained(tmp_path_factory.mktemp("distill"))
+    return Trained(RUNS, train_run, tmp_path_factory.mktemp("distill"))
 
 
-def _is_slow(run: Run) -> bool:
-    """Four ranks on two cores take long; of two, fp32 shows what parallelism does, and one rank what precision does."""
-    return run.ranks > 2 or (run.ranks == 2 and run.case.dtype != "fp32")
-
-
-every_run = pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=pytest.mark.slow if _is_slow(run) else ()) for run in RUNS], ids=str
-)
 PATH_ERROR = {"bf16": 0.14, "fp16": 0.12}
 """In low precision the error of the end point as a share of the way to it."""
 TERM_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}

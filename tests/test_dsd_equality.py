@@ -3,8 +3,7 @@ exactly zero after every step wherever they are kept, weights at the end those o
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from distributed import run_distributed
 from engine_cases import OPTIMIZERS, TORCH, Case, build_batches, build_engine, build_net, save, step
+from mesh_runs import Run, Trained, every, legal_cases
 from temper.checkpoint import MASK, MASTER, CheckpointReader, model_state
-from temper.config.checks import check_job
 from temper.engine.base import EngineState
 from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.parallel.cut import cut_of
-from temper.parallel.groups import MeshGroups, build_groups
+from temper.parallel.groups import MeshGroups
 from temper.plan.phases import PhasePlan, Pruning
 from temper.techniques.dsd.border import begin_phase
 
@@ -29,7 +28,6 @@ SHARES = {"0.weight": 0.25, "3.weight": 0.5, "7.weight": 0.3}
 DENSE, SPARSE, REDENSE = 2, 3, 2  # steps
 END_SPARSE, END = DENSE + SPARSE, DENSE + SPARSE + REDENSE
 CLIP = 1.0
-SCALE = {"initial_scale": 1024.0, "scale_window": 2}
 SPLITS = {
     "maps": {"0": "output_maps", "3": "input_maps", "7": "output_activations"},
     "blocks": dict.fromkeys("012345", "image_blocks"),
@@ -145,7 +143,8 @@ def forward_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return gathered
 
 
-def train_all_phases(case: Case, fresh: bool, folder: Path, groups: MeshGroups) -> dict[str, Any]:
+def train_all_phases(run: DSDRun, folder: Path, groups: MeshGroups) -> dict[str, Any]:
+    case, fresh = run.case, run.fresh
     engine, batch = build_engine(case, groups, build_uneven_net())
     applied = [step(engine, batch, case, number).applied for number in range(DENSE)]
     dense = save(engine, folder, DENSE)
@@ -167,83 +166,26 @@ def train_all_phases(case: Case, fresh: bool, folder: Path, groups: MeshGroups) 
 
 
 @dataclass(frozen=True)
-class Run:
-    """A case on `workers` replicas; `fresh`: the optimizer begins each phase without moments."""
+class DSDRun(Run):
+    """`fresh`: the optimizer begins each phase without moments."""
 
-    workers: int
-    case: Case
     fresh: bool
 
-    @property
-    def ranks(self) -> int:
-        return self.workers * self.case.pipeline * self.case.tensor
-
     def __str__(self) -> str:
-        return f"data{self.workers}-{self.case}-{'fresh' if self.fresh else 'kept'}"
+        return f"{super().__str__()}-{'fresh' if self.fresh else 'kept'}"
 
 
-def _runs() -> list[Run]:
-    """Every legal mesh × ZeRO stage × precision of up to four ranks, with the optimizers dealt out in turn, clipping
-    and accumulation always on, and the moments kept in every other run."""
-    degrees = itertools.product((1, 2), (1, 2), (1, 2), (0, 1, 2, 3), ("fp32", "bf16", "fp16"))
-    runs = []
-    for workers, pipeline, tensor, zero, dtype in degrees:
-        for splits in SPLITS.values() if tensor > 1 else ({},):
-            case = Case(zero=zero, dtype=dtype, clip=CLIP, accumulation=2, pipeline=pipeline, tensor=tensor)
-            case = replace(case, splits=splits, scale=SCALE if dtype == "fp16" else {})
-            runs += [(workers, case), *([(workers, replace(case, offload="cpu"))] if zero and workers == 2 else [])]
-    legal = [
-        item for item in runs if not check_job(item[1].job(item[0])) and item[0] * item[1].pipeline * item[1].tensor < 8
-    ]
-    optimizers = itertools.cycle(OPTIMIZERS)
-    return [
-        Run(workers, replace(case, optimizer=next(optimizers)), fresh=number % 8 < 4)
-        for number, (workers, case) in enumerate(legal)
-    ]
-
-
-RUNS = _runs()
-
-
-def _train_all(rank: int, runs: list[Run], folder: Path) -> dict[str, dict[str, Any]]:
-    groups: dict[tuple[int, int, int], MeshGroups] = {}
-    results = {}
-    for run in runs:
-        mesh = run.workers, run.case.pipeline, run.case.tensor
-        if mesh not in groups:
-            groups[mesh] = build_groups(*mesh)
-        results[str(run)] = train_all_phases(run.case, run.fresh, folder / str(run), groups[mesh])
-    return results
-
-
-class Trained:
-    """What each run gave, of all ranks; the first one of so many ranks trains all of them, slow ones apart."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._results: dict[tuple[int, bool], list[dict[str, dict[str, Any]]]] = {}
-
-    def __getitem__(self, run: Run) -> list[dict[str, Any]]:
-        group = ranks, slow = run.ranks, _is_slow(run)
-        if group not in self._results:
-            runs = [other for other in RUNS if (other.ranks, _is_slow(other)) == (ranks, slow)]
-            self._results[group] = run_distributed(_train_all, ranks, runs, self._folder)
-        return [results[str(run)] for results in self._results[group]]
+# The moments are kept in every other run of an optimizer.
+RUNS = [
+    DSDRun(workers, case, fresh=number % 8 < 4)
+    for number, (workers, case) in enumerate(legal_cases(Case(clip=CLIP, accumulation=2), SPLITS))
+]
+every_run = every(RUNS)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return Trained(tmp_path_factory.mktemp("dsd"))
-
-
-def _is_slow(run: Run) -> bool:
-    """Four ranks on two cores take long; of two, fp32 shows what parallelism does, and one rank what precision does."""
-    return run.ranks > 2 or (run.ranks == 2 and run.case.dtype != "fp32")
-
-
-every_run = pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=pytest.mark.slow if _is_slow(run) else ()) for run in RUNS], ids=str
-)
+    return Trained(RUNS, train_all_phases, tmp_path_factory.mktemp("dsd"))
 
 
 def masks_of(folder: Path) -> dict[str, Tensor]:

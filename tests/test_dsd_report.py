@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import mlp_facts
 from temper import checkpoint
 from temper.checkpoint import MASK, MASTER, CheckpointReader, Shard
 from temper.cli import main
@@ -34,7 +35,7 @@ from temper.plan import probe
 from temper.plan.build import Plan, build_plan
 from temper.plan.mesh import local_cluster
 from temper.plan.phases import PhasePlan, Pruning
-from temper.plan.probe import ModelFacts, ModuleOutput, PrunableWeight
+from temper.plan.probe import ModuleOutput
 from temper.techniques.dsd.masks import select_mask
 from temper.techniques.dsd.summary import BINS, LEVELS, summarize, widen, write_summary
 from temper.tracking import figures as drawing
@@ -208,16 +209,7 @@ JOB: dict[str, Any] = {
     "budget": {"steps": 20},
     "dsd": {"rounds": [{"sparsity": {"1": 0.75, "3": 0.5}, "sparse_steps": 20, "redense_steps": 10}]},
 }
-FACTS = ModelFacts(
-    num_parameters=2410,
-    num_trainable=2410,
-    parameter_sizes=(2048, 32, 320, 10),
-    buffer_bytes=0,
-    activation_bytes_per_example=512,
-    forward_flops_per_example=4800,
-    output_shape=(10,),
-    prunable=(PrunableWeight("1.weight", (32, 64), "linear"), PrunableWeight("3.weight", (10, 32), "linear")),
-)
+FACTS = replace(mlp_facts.FACTS, prunable=mlp_facts.PRUNABLE)
 
 
 @pytest.fixture(scope="module")

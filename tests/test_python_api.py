@@ -16,22 +16,13 @@ import yaml
 
 import temper
 import temper.plan.build
+from mlp_facts import FACTS
 from temper.config.load import build_job
 from temper.errors import JobError
 from temper.launch import train as launch
 from temper.plan import probe
 from temper.plan.mesh import local_cluster
-from temper.plan.probe import ModelFacts
 
-FACTS = ModelFacts(
-    num_parameters=2410,
-    num_trainable=2410,
-    parameter_sizes=(2048, 32, 320, 10),
-    buffer_bytes=0,
-    activation_bytes_per_example=512,
-    forward_flops_per_example=4800,
-    output_shape=(10,),
-)
 SECTIONS = {
     "name": "tiny",
     "model": {"kind": "mlp", "hidden": [32]},

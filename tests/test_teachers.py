@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import mlp_facts
 import temper
 from temper import checkpoint, cli
 from temper.checkpoint import BUFFER, MASTER, CheckpointReader, Shard, model_state
@@ -37,21 +38,14 @@ from temper.plan import probe
 from temper.plan.build import Plan
 from temper.plan.distill import CONNECTORS, Teacher
 from temper.plan.mesh import ClusterShape
-from temper.plan.probe import ModelFacts, PrunableWeight
 from temper.run_folder import CHECKPOINT_MANIFEST, JOB, LOCK, PHASE_MANIFEST, PLAN, RUN
 from temper.tracking import registry
 from temper.tracking.history import read_history
 
 CLUSTER = ClusterShape(nodes=1, cpus=4, gpus=0)
-FACTS = ModelFacts(
-    num_parameters=2410,
-    num_trainable=2410,
-    parameter_sizes=(2048, 32, 320, 10),
-    buffer_bytes=0,
-    activation_bytes_per_example=512,
-    forward_flops_per_example=4800,
-    output_shape=(10,),
-    prunable=(PrunableWeight("1.weight", (32, 64), "linear"), PrunableWeight("3.weight", (10, 32), "linear")),
+FACTS = replace(
+    mlp_facts.FACTS,
+    prunable=mlp_facts.PRUNABLE,
     weight_shapes={"1.weight": (32, 64), "1.bias": (32,), "3.weight": (10, 32), "3.bias": (10,)},
 )
 RUN_ID = "0123456789abcdef0123456789abcdef"
