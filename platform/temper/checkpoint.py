@@ -333,7 +333,10 @@ class CheckpointReader:
 
 def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
     """The model's full fp32 weights and buffers by their own names; not the connectors that were trained beside it."""
-    names = [name for name in reader.names(MASTER) if not name.startswith(CONNECTORS)]
-    weights = {name: reader.full(MASTER, name) for name in names}
-    buffers = {name: reader.full(BUFFER, name) for name in reader.names(BUFFER)}
-    return {**weights, **buffers}
+    return {name: reader.full(kind, name) for name, kind in model_kinds(reader).items()}
+
+
+def model_kinds(reader: CheckpointReader) -> dict[str, str]:
+    """The model's weights and buffers, by name with the kind that they are stored as; not the connectors."""
+    kinds = {name: kind for kind in (MASTER, BUFFER) for name in reader.names(kind)}
+    return {name: kind for name, kind in kinds.items() if not name.startswith(f"{CONNECTORS}.")}

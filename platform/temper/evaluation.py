@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
+ALONE = Group()
+
+
 def evaluate_splits(on: Callable[[SplitName], dict[str, float]], held_out: bool, last: bool) -> dict[str, float]:
     """`eval/…` on the held-out examples, where there are some, else on the test split; `test/…` at the end.
 
@@ -33,18 +36,16 @@ def evaluate_splits(on: Callable[[SplitName], dict[str, float]], held_out: bool,
     return values
 
 
-def teacher_metrics(
-    file: Path, measure: Callable[[], dict[str, float]], group: Group | None = None, rank: int = 0
-) -> dict[str, float]:
+def teacher_metrics(file: Path, measure: Callable[[], dict[str, float]], group: Group = ALONE) -> dict[str, float]:
     """`teacher/…`: what `file` has, or else what `measure` gives, which rank 0 then writes there: once for all students
     of a teacher. Collective over the ranks of `group`, by default this one alone."""
-    known = [read_json(file) if rank == 0 else None]
-    if group is not None and group.size > 1:
+    known = [read_json(file) if group.rank == 0 else None]
+    if group.size > 1:
         dist.broadcast_object_list(known, src=0, group=group.process_group)
     metrics = known[0]
     if metrics is None:
         metrics = measure()
-        if rank == 0:
+        if group.rank == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, metrics)
     return {f"teacher/{name}": value for name, value in metrics.items()}

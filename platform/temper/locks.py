@@ -20,24 +20,25 @@ class HeldError(RunError):
 @contextmanager
 def claimed(path: Path, what: str) -> Iterator[None]:
     """Holds `path` for the block, alone. Raises HeldError where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HeldError(f"{what} is being run by another process; wait for it, or stop it first") from None
+    with _held_at_once(path, fcntl.LOCK_EX, f"{what} is being run by another process; wait for it, or stop it first"):
         yield
 
 
 @contextmanager
 def shared(path: Path, what: str) -> Iterator[None]:
     """Holds `path` for the block, beside others who share it. Raises HeldError where somebody has it alone."""
+    with _held_at_once(path, fcntl.LOCK_SH, f"{what} is being removed by another process; start again"):
+        yield
+
+
+@contextmanager
+def _held_at_once(path: Path, how: int, refusal: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HeldError(f"{what} is being removed by another process; start again") from None
+            raise HeldError(refusal) from None
         yield
 
 

@@ -54,21 +54,11 @@ def _sgd(config: SGDOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimi
     )
 
 
-def _adam(config: AdamOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _adam(config: AdamOptimizer | AdamWOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """They differ in how weight decay acts."""
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.Adam(
-        params,
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=_on_cpu(params),
-    )
-
-
-def _adamw(config: AdamWOptimizer, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
+    return kind(
         params,
         lr=config.lr,
         betas=betas,
@@ -90,7 +80,7 @@ def _on_cpu(params: list[nn.Parameter]) -> bool | None:
 OPTIMIZERS: dict[str, Callable[[Any, list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adam": _adam,
-    "adamw": _adamw,
+    "adamw": _adam,
     "adagrad": _adagrad,
 }
 

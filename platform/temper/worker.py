@@ -23,7 +23,7 @@ from torch import Tensor
 
 from temper import checkpoint
 from temper.console import quieten
-from temper.data.batches import Batch, DataState, eval_batches, train_batches
+from temper.data.batches import Batch, DataState, eval_batches, train_batches, views_of
 from temper.data.sources import SplitName, labelling_of, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
@@ -119,7 +119,7 @@ def _trace(task: TraceTask, steps: int, groups: MeshGroups) -> None:
         world_size=groups.data.size,
         first_step=0,
         last_step=steps,
-        views=job.distill.views if job.distill is not None else None,
+        views=views_of(job),
     )
     examples = (batch for batch, _ in batches)
     lr_at = learning_rate(job, task.phase)
@@ -236,7 +236,7 @@ class _Worker:
             world_size=self.groups.data.size,
             first_step=first_step,
             last_step=last_step,
-            views=plan.job.distill.views if plan.job.distill is not None else None,
+            views=views_of(plan.job),
         )
 
     def _evaluate(self, phase: PhasePlan, step: int) -> Mapping[str, float]:
@@ -280,7 +280,7 @@ class _Worker:
             self.stage("evaluating the teacher")
             return self._measure(lambda logits: logits.to(device), batches)
 
-        return teacher_metrics(self.plan.distill.evaluation, measure, everyone, self.rank)
+        return teacher_metrics(self.plan.distill.evaluation, measure, everyone)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

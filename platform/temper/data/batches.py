@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from temper.config.schema import DataConfig
+from temper.config.schema import DataConfig, JobConfig
 from temper.data.augment import ImageTransform, apply_seeded, build_transforms
 from temper.data.sources import Split, random_order
 from temper.errors import RunError
@@ -53,6 +53,11 @@ def data_state(step: int, train_examples: int, global_batch: int) -> DataState:
     """The state before global batch `step` (0-based)."""
     epoch, position = divmod(step * global_batch, train_examples)
     return DataState(step, epoch, position)
+
+
+def views_of(job: JobConfig) -> int | None:
+    """How many augmented views of an example the job counts; None: every epoch shows another one."""
+    return None if job.distill is None else job.distill.views
 
 
 def train_batches(

@@ -318,7 +318,7 @@ class WorkerActor:
 
     def _mini_batch(self, ticket: Ticket) -> MiniBatch:
         """The part of the global batch that is rank `ticket.part`'s in synchronous training."""
-        from temper.data.batches import train_batches
+        from temper.data.batches import train_batches, views_of
         from temper.engine.parameter_server import MiniBatch
         from temper.loop import step_seed
 
@@ -334,7 +334,7 @@ class WorkerActor:
             world_size=plan.mesh.data,
             first_step=ticket.step,
             last_step=ticket.step + 1,
-            views=job.distill.views if job.distill is not None else None,
+            views=views_of(job),
         )
         batch, _ = next(batches)
         seed = step_seed(job.seed, ticket.step, ticket.part)

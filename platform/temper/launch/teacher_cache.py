@@ -20,6 +20,7 @@ from temper.errors import JobError, Problem, RunError, TemperError
 from temper.locks import awaited
 from temper.plan.build import Plan
 from temper.plan.distill import CachePlan, DistillPlan
+from temper.plan.memory import BYTES
 from temper.techniques.distill.cache_files import (
     MANIFEST,
     Cut,
@@ -34,8 +35,6 @@ from temper.techniques.distill.cache_files import (
 
 if TYPE_CHECKING:
     from temper.launch.asker import Asker
-
-_BYTES = {"fp16": 2, "fp32": 4}
 
 
 def make_cache(plan: Plan, import_folders: Sequence[str], say: Callable[[str], None] = lambda text: None) -> int:
@@ -82,9 +81,9 @@ def _is_there(cache: CachePlan) -> bool:
 
 def _plan_cuts(plan: Plan, distill: DistillPlan, cache: CachePlan, import_folders: Sequence[str]) -> list[Cut]:
     assert plan.job.distill is not None, "the plan is that of its section"
-    number, shape = _BYTES[plan.job.distill.signals], distill.facts[0].output_shape or ()
+    number, shape = BYTES[plan.job.distill.signals], distill.facts[0].output_shape or ()
     logits = number * math.prod(shape)
-    features = sum(number * math.prod(pair.teacher_shape) for pair in distill.pairs) if cache.features else 0
+    features = sum(number * math.prod(pair.teacher_shape) for pair in distill.pairs)
     # With top_k a logit has its class beside it, and each prediction one number more.
     kept = logits if cache.top_k is None else math.prod(shape[:-1]) * (cache.top_k * (number + 2) + 4)
     train = {"asked_bytes": logits + features, "kept_bytes": kept + features, "pass_rows": distill.rows}

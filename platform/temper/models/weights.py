@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from temper.checkpoint import BUFFER, MASTER, CheckpointReader
+from temper.checkpoint import CheckpointReader, model_kinds
 from temper.errors import CheckpointError
-from temper.plan.distill import CONNECTORS
 
 
 class Weights(Protocol):
@@ -37,8 +36,7 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path) -> None:
         self.place, self._reader = folder, CheckpointReader(folder)
-        kinds = {name: kind for kind in (MASTER, BUFFER) for name in self._reader.names(kind)}
-        self._kinds = {name: kind for name, kind in kinds.items() if not name.startswith(f"{CONNECTORS}.")}
+        self._kinds = model_kinds(self._reader)
         self.shapes = {name: self._reader.shapes[name] for name in self._kinds}
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
