@@ -18,7 +18,6 @@ file differs from it, a checkpoint does not exist.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -36,9 +35,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from temper.errors import CheckpointError
-from temper.files import read_json, sync, write_json
+from temper.files import check_file, describe_file, read_json, sync, write_json
 from temper.parallel.cut import Cut
 from temper.plan.distill import CONNECTORS
+from temper.remote_store import fetch_checkpoint
 from temper.run_folder import CHECKPOINT_MANIFEST
 
 FORMAT = 1
@@ -101,7 +101,7 @@ def write_shards(folder: Path, rank: int, shards: Sequence[Shard]) -> None:
     save_file(tensors, temporary)
     sync(temporary)
     os.replace(temporary, path)
-    write_json(_digest_path(folder, rank), {path.name: _describe(path)})
+    write_json(_digest_path(folder, rank), {path.name: describe_file(path)})
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def write_manifest(
     write_json(folder / STATE, {**state, "shapes": {name: list(shape) for name, shape in shapes.items()}})
     (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
     sync(folder / RECORDS)
-    files = {name: _describe(folder / name) for name in (STATE, RECORDS)}
+    files = {name: describe_file(folder / name) for name in (STATE, RECORDS)}
     for rank in range(num_ranks):
         digest = _digest_path(folder, rank)
         files.update(json.loads(digest.read_text()))
@@ -159,12 +159,6 @@ def _digest_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.digest.json"
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 # --------------------------------------------------------------------------------------------------------- finding
 
 
@@ -183,27 +177,20 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def check_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. `part` of `parts` reads only its share of the files (one per rank)."""
+    """What is wrong with a checkpoint, or None. `part` of `parts` reads only its share of the files (one per rank).
+    Where the storage is a bucket, what this machine lacks of the checkpoint is brought first."""
+    problem = fetch_checkpoint(folder)
+    if problem is not None:
+        return problem
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         return f"{folder / MANIFEST}: not a manifest"
     if manifest.get("format") != FORMAT:
         return f"{folder / MANIFEST}: format {manifest.get('format')!r}, this temper reads {FORMAT}"
     for name in sorted(manifest["files"])[part::parts]:
-        problem = _check_file(folder / name, manifest["files"][name])
+        problem = check_file(folder / name, manifest["files"][name])
         if problem is not None:
             return problem
-    return None
-
-
-def _check_file(path: Path, expected: Any) -> str | None:
-    if not path.is_file():
-        return f"{path}: missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{path}: {size} bytes, the manifest says {expected['bytes']}"
-    if _describe(path)["sha256"] != expected["sha256"]:
-        return f"{path}: its SHA-256 is not the manifest's; the file was damaged"
     return None
 
 

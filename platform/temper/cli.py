@@ -11,6 +11,7 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import temper
 from temper import __version__
 from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, Problem, TemperError
+from temper.storage import storage_folder
 
 if TYPE_CHECKING:
     from temper.export import Product
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from temper.launch.train import PhaseResult
 
 DESCRIPTION = "temper trains networks well and cheaply on a Ray cluster."
+PHASES = "what is computed already: list, show and compare phases, and make room"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +123,21 @@ def _tests(metrics: Mapping[str, float]) -> list[str]:
     return [f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if name.startswith("test/")]
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from temper.config.space_load import load_space
+    from temper.launch.cluster import check_address
+    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+
+    check_address(options.address)
+    space, overrides = load_space(options.job, options.overrides)
+    typed = _typed("sweep", options)
+    how = SweepOptions(options.address, options.fresh, _display_mode(options), typed)
+    result = launch_sweep(space, Path(options.job), overrides, how)
+    for line in result.summary:
+        _say(line)
+    _print_json(options, result.to_dict())
+
+
 def _verify(options: argparse.Namespace) -> int:
     from temper.config.load import resolve_job
     from temper.launch.cluster import check_address
@@ -144,7 +162,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> None:
     from temper.export import evaluate_product, find_product
 
-    product = find_product(options.reference, Path(options.storage), options.phase)
+    product = find_product(options.reference, storage_folder(options.storage), options.phase)
     metrics = evaluate_product(product)
     for name, value in sorted(metrics.items()):
         _say(f"{name:<24} {value:.4f}")
@@ -160,7 +178,7 @@ def _export(options: argparse.Namespace) -> None:
         from temper.tracking.registry import check_name
 
         check_name(options.register, options.alias)
-    product = find_product(options.reference, Path(options.storage), options.phase)
+    product = find_product(options.reference, storage_folder(options.storage), options.phase)
     if options.register and not product.run:
         rule = f"needs the MLflow run of {options.reference}, and no run in its storage says which that is"
         raise JobError([Problem("--register", options.register, rule, "train the job again: it is tracked then")])
@@ -168,31 +186,60 @@ def _export(options: argparse.Namespace) -> None:
     pruned = f", {result['pruned']:,} of them pruned" if result["pruned"] else ""
     _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors{pruned}")
     if options.register:
-        result["registered"] = _register(product, Path(options.to), options.register, options.alias)
+        from temper.launch.registering import register_product
+
+        result["registered"] = register_product(product, Path(options.to), options.register, options.alias)
         alias = f", and as models:/{options.register}@{options.alias}" if options.alias else ""
         _say(f"registered as {result['registered']}{alias}")
     _print_json(options, result)
 
 
-def _register(product: Product, folder: Path, name: str, alias: str | None) -> str:
-    from temper.export import CARD, MASKS
-    from temper.products import MODEL
-    from temper.run_folder import JOB
-    from temper.tracking.mlflow_store import redact_yaml
-    from temper.tracking.registry import register_export
+def _phases_list(options: argparse.Namespace) -> None:
+    from temper.launch.phases.show import list_phases, phases_table
 
-    files = {file: folder / file for file in (MODEL, MASKS, CARD) if (folder / file).is_file()}
-    texts = {JOB: redact_yaml((folder / JOB).read_text())}
-    run, path = product.run, f"{product.phase}/{product.checkpoint.name}"
-    version = register_export(run["uri"], run["run_id"], files, texts, path, name, alias)
-    return f"models:/{name}/{version}"
+    listed = list_phases(storage_folder(options.storage))
+    _say(phases_table(listed, time.time()))
+    _print_json(options, listed)
+
+
+def _phases_show(options: argparse.Namespace) -> None:
+    from temper.launch.phases.show import phase_text, show_phase
+
+    shown = show_phase(options.phase, storage_folder(options.storage))
+    _say(phase_text(shown))
+    _print_json(options, shown)
+
+
+def _phases_diff(options: argparse.Namespace) -> None:
+    from temper.launch.phases.diff import comparison_text, diff_phases
+
+    comparison = diff_phases(options.a, options.b, options.overrides, storage_folder(options.storage))
+    _say(comparison_text(comparison))
+    _print_json(options, comparison.to_dict())
+
+
+def _phases_prune(options: argparse.Namespace) -> None:
+    from temper.launch.phases.prune import PruneOptions, prune_phases, prune_text
+    from temper.launch.phases.units import parse_age, parse_size
+
+    criteria = PruneOptions(
+        older_than_s=None if options.older_than is None else parse_age("--older-than", options.older_than),
+        larger_than=None if options.larger_than is None else parse_size("--larger-than", options.larger_than),
+        keep=None if options.keep is None else parse_size("--keep", options.keep),
+        unreachable=options.unreachable,
+        dry_run=options.dry_run,
+    )
+    now_s = time.time()
+    result = prune_phases(storage_folder(options.storage), criteria, now_s)
+    _say(prune_text(result, now_s))
+    _print_json(options, result.to_dict())
 
 
 def _report(options: argparse.Namespace) -> None:
     from temper.products import find_folder
     from temper.tracking.report import write_report
 
-    folder = find_folder(options.reference, Path(options.storage), "RUN")
+    folder = find_folder(options.reference, storage_folder(options.storage), "RUN")
     path = write_report(folder, Path(options.to) if options.to else None)
     _say(f"report in {path}")
     _print_json(options, {"file": str(path)})
@@ -202,15 +249,14 @@ def _ui(options: argparse.Namespace) -> int:
     from temper.tracking.mlflow_store import storage_uri
     from temper.tracking.ui import serve_ui
 
-    return serve_ui(
-        storage_uri(Path(options.storage), options.uri), port=options.port, open_browser=not options.no_browser
-    )
+    uri = storage_uri(storage_folder(options.storage), options.uri)
+    return serve_ui(uri, port=options.port, open_browser=not options.no_browser)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from temper.launch.doctor import examine, show_findings
 
-    findings = examine(Path(options.storage))
+    findings = examine(storage_folder(options.storage))
     _say(show_findings(findings))
     _print_json(options, {"findings": [finding.to_dict() for finding in findings]})
     return int(any(finding.level == "fault" for finding in findings))
@@ -251,13 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_job_command(commands, "plan", _plan, "what will happen, and what it costs")
     train = _add_job_command(commands, "train", _train, "train a job; reuses what is finished, resumes what was broken")
+    sweep = _add_job_command(commands, "sweep", _sweep, "run many trials of a job; goes on with a sweep that was broken")
     verify = _add_job_command(
         commands, "verify", _verify, "prove that this topology computes what one process computes"
     )
     verify.add_argument("--steps", type=_positive, default=3, help="optimizer steps that are compared (default: 3)")
-    for command in (train, verify):
+    for command in (train, sweep, verify):
         command.add_argument("--address", default="local", help="local (an embedded Ray), auto, HOST:PORT or ray://…")
     train.add_argument("--fresh", action="store_true", help="forget what was computed for this job and train it again")
+    sweep.add_argument("--fresh", action="store_true", help="begin the sweep anew; phases are reused all the same")
     evaluate = _add_command(commands, "eval", _eval, "evaluate a run or checkpoint on its job's test split")
     export = _add_command(commands, "export", _export, "write a run's model for plain PyTorch")
     for command in (evaluate, export):
@@ -269,14 +317,35 @@ def _parser() -> argparse.ArgumentParser:
     report = _add_command(commands, "report", _report, "write a page on a run, with its figures")
     report.add_argument("reference", metavar="RUN", help="MLflow run id, or a run's folder")
     report.add_argument("--to", metavar="FILE", help="HTML file; default: report.html in the run's folder")
+    phases = commands.add_parser("phases", help=PHASES, description=PHASES)
+    _add_phases_commands(phases.add_subparsers(dest="action", required=True, metavar="ACTION"))
     ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")
     ui.add_argument("--uri", help="a job's tracking.uri; default: MLFLOW_TRACKING_URI, else the storage's database")
     ui.add_argument("--port", type=int, default=5000)
     ui.add_argument("--no-browser", action="store_true", help="only serve")
     doctor = _add_command(commands, "doctor", _doctor, "check this machine and name each fault with its remedy")
     for command in (evaluate, export, report, ui, doctor):
-        command.add_argument("--storage", default="./runs", help="where the runs are (default: ./runs)")
+        command.add_argument("--storage", default="./runs", help="folder or bucket of the runs (default: ./runs)")
     return parser
+
+
+def _add_phases_commands(actions: Any) -> None:
+    listing = _add_command(actions, "list", _phases_list, "what is in the phase store, and teachers' caches")
+    show = _add_command(actions, "show", _phases_show, "one phase, what it was made of, and who needs it")
+    show.add_argument("phase", metavar="PHASE", help="the beginning of its fingerprint")
+    diff = _add_command(actions, "diff", _phases_diff, "why one phase was computed again: where two of them differ")
+    diff.add_argument("a", metavar="PHASE", help="the beginning of its fingerprint")
+    diff.add_argument("b", metavar="PHASE|JOB", help="another phase, or a job's file, as it would be planned now")
+    diff.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the job")
+    criteria = "--older-than, --larger-than, --keep, --unreachable; --dry-run"
+    prune = _add_command(actions, "prune", _phases_prune, f"make room, but of nothing that is in use: {criteria}")
+    prune.add_argument("--older-than", metavar="AGE", help="those not used for so long, e.g. 7d or 12h")
+    prune.add_argument("--larger-than", metavar="SIZE", help="those larger than this, e.g. 1.5G")
+    prune.add_argument("--keep", metavar="SIZE", help="those used longest ago, until all are at most so large")
+    prune.add_argument("--unreachable", action="store_true", help="those of no run or trial, and unfinished ones")
+    prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    for command in (listing, show, diff, prune):
+        command.add_argument("--storage", default="./runs", help="folder or bucket of the runs (default: ./runs)")
 
 
 def _positive(text: str) -> int:

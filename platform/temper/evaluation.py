@@ -16,6 +16,7 @@ from temper.engine.base import LossFunction
 from temper.files import read_json, write_json
 from temper.outputs import logits_of
 from temper.parallel.groups import Group
+from temper.remote_store import fetch, publish
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -39,6 +40,8 @@ def evaluate_splits(on: Callable[[SplitName], dict[str, float]], held_out: bool,
 def teacher_metrics(file: Path, measure: Callable[[], dict[str, float]], group: Group = ALONE) -> dict[str, float]:
     """`teacher/…`: what `file` has, or else what `measure` gives, which rank 0 then writes there: once for all students
     of a teacher. Collective over the ranks of `group`, by default this one alone."""
+    if group.rank == 0:
+        fetch(file)
     known = [read_json(file) if group.rank == 0 else None]
     if group.size > 1:
         dist.broadcast_object_list(known, src=0, group=group.process_group)
@@ -48,6 +51,7 @@ def teacher_metrics(file: Path, measure: Callable[[], dict[str, float]], group: 
         if group.rank == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, metrics)
+            publish([file])
     return {f"teacher/{name}": value for name, value in metrics.items()}
 
 

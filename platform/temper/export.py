@@ -96,7 +96,7 @@ def evaluate_product(product: Product) -> dict[str, float]:
     """Loss and metrics on the job's test split, in one process, in fp32."""
     model, facts = load_model(product)
     job = product.job
-    split = load_split(job.data, "test", Path(job.storage), facts)
+    split = load_split(job.data, "test", job.storage_folder, facts)
     batches = eval_batches(job.data, split, facts, rank=0, world_size=1, batch=job.evaluation.batch)
     device = torch.device("cpu")
     with torch.inference_mode():

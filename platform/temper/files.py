@@ -1,9 +1,12 @@
-"""Small JSON files that other processes read while they are written: whole, or not there."""
+"""Small JSON files that other processes read while they are written: whole, or not there; and what tells whether a file
+is the one that was written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,29 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256, as manifests have them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def check_size(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file that its manifest describes so, as far as can be seen without reading it, or None."""
+    if not path.is_file():
+        return f"{path}: missing"
+    size = path.stat().st_size
+    return None if size == expected["bytes"] else f"{path}: {size} bytes, the manifest says {expected['bytes']}"
+
+
+def check_file(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file that its manifest describes so, or None."""
+    problem = check_size(path, expected)
+    if problem is None and describe_file(path)["sha256"] != expected["sha256"]:
+        return f"{path}: its SHA-256 is not the manifest's; the file was damaged"
+    return problem
 
 
 def read_lines(path: Path) -> list[Any]:

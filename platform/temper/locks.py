@@ -6,11 +6,15 @@ A phase is written by one command at a time, and by no worker of an earlier atte
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from temper.errors import RunError
+
+_LOOK_S = 0.01  # longer than it takes to look at a lock
 
 
 class HeldError(RunError):
@@ -35,11 +39,29 @@ def shared(path: Path, what: str) -> Iterator[None]:
 def _held_at_once(path: Path, how: int, refusal: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HeldError(refusal) from None
+        if not _take(file, how):
+            # It may only have been looked at: see `is_held`.
+            time.sleep(_LOOK_S)
+            if not _take(file, how):
+                raise HeldError(refusal)
         yield
+
+
+def _take(file: IO[str], how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds `path`, alone or beside others. It is taken for that, but for an instant only."""
+    try:
+        with path.open("r+") as file:
+            return not _take(file, fcntl.LOCK_EX)
+    except OSError:  # there is none, or it is on a disk that nobody can write
+        return False
 
 
 @contextmanager

@@ -106,11 +106,16 @@ def build_recovery(policy: Literal["stop", "hold", "back_off"], restore: Callabl
 
 @dataclass(frozen=True)
 class Calendar:
-    """At which steps something is due; `every: 0` means at the end only."""
+    """At which steps something is due; `every: 0` means at the end only. After `decisive` steps somebody else decides
+    whether the training goes on."""
 
     last_step: int
     evaluate_every: int
     checkpoint_every: int
+    decisive: frozenset[int] = frozenset()
+
+    def reports(self, step: int) -> bool:
+        return self.saves(step) or step in self.decisive
 
     def evaluates(self, step: int) -> bool:
         return step == self.last_step or (self.evaluate_every > 0 and step % self.evaluate_every == 0)
@@ -221,6 +226,13 @@ class Reporter:
         self._report(records if self._rank == 0 else [])
         self._flushed_step, self._flushed_at = step, time.perf_counter()
 
+    def await_decision(self) -> None:
+        """Agrees on whether what was reported last was answered by a request to stop. Collective."""
+        answer = torch.tensor(float(self._rank == 0 and self._stop_requested()), device=self._device)
+        if self._world_size > 1:
+            dist.all_reduce(answer)
+        self.stop = self.stop or bool(answer > 0)
+
     def _is_recorded(self, step: int) -> bool:
         return step % self._record_every == 0 or step == 1 or step in self._extra or step in self._events
 
@@ -294,8 +306,10 @@ def train(
         if calendar.evaluates(state.step):
             with reporter.paused():
                 reporter.add_metrics(state.step, evaluate(state.step))
-        if calendar.saves(state.step) or reporter.due(state.step) or not recovered:
+        if calendar.reports(state.step) or reporter.due(state.step) or not recovered:
             reporter.flush(state.step)
+        if state.step in calendar.decisive:
+            reporter.await_decision()
         if calendar.saves(state.step) or reporter.stop or not recovered:
             with reporter.paused():
                 save(state)

@@ -1,6 +1,6 @@
 """What a reference leads to: the folder of a run, a phase, a checkpoint or an export, and the job that it came from.
 
-Only small files are read, and no torch is imported, so that a plan can find a teacher.
+No torch is imported, so that a plan can find a teacher.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from typing import Any, Literal
 from temper.config.load import load_job
 from temper.config.schema import JobConfig
 from temper.errors import CheckpointError, JobError, Problem
-from temper.files import read_json
-from temper.run_folder import CHECKPOINT_MANIFEST, CHECKPOINTS, JOB, PHASE_MANIFEST, PLAN, RUN
+from temper.files import check_file, check_size, describe_file, read_json, write_json
+from temper.remote_store import fetch_checkpoint, fetch_place, fetch_run, publish_phase
+from temper.run_folder import CHECKPOINT_MANIFEST, CHECKPOINTS, JOB, PHASE_MANIFEST, PHASES, PLAN, RUN, WEIGHTS
 
 MODEL = "model.safetensors"
 """The weights in an export's folder, beside its `job.yaml`."""
+
+_RUN_FOLDERS = ("*", "sweeps/*/shared", "sweeps/*/trials/*")
+"""Where run folders lie in a storage."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Place:
         """Whether the phase came to its end, or the checkpoint is whole."""
         if self.kind == "checkpoint":
             return read_json(self.folder / CHECKPOINT_MANIFEST) is not None
-        manifest = read_json(self.folder / PHASE_MANIFEST)
+        manifest = read_phase(self.folder)
         return manifest is not None and (self.folder / manifest["checkpoint"] / CHECKPOINT_MANIFEST).is_file()
 
 
@@ -83,7 +87,7 @@ def open_place(folder: Path, phase: str | None, reference: str) -> Place:
             [Problem("RUN|CHECKPOINT", reference, rule, "give a run's id or folder, or a checkpoint's folder")]
         )
     fingerprint = choose_phase({item["name"]: item["fingerprint"] for item in plan["phases"]}, phase)
-    place = _open_phase(folder.parent / "phases" / fingerprint)
+    place = _open_phase(find_storage(folder) / PHASES / fingerprint)
     return replace(place, job=load_job(folder / JOB), plan=plan)
 
 
@@ -107,12 +111,27 @@ def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> P
 
 def find_run(run_id: str, storage: Path) -> Path | None:
     """The folder in `storage` of the run with this MLflow id."""
-    records = sorted(storage.glob(f"*/{RUN}"))
-    return next((record.parent for record in records if (read_json(record) or {}).get("run_id") == run_id), None)
+    records = _in_run_folders(storage, RUN)
+    here = next((record.parent for record in records if (read_json(record) or {}).get("run_id") == run_id), None)
+    return here or fetch_run(run_id, storage)
+
+
+def find_runs(storage: Path) -> list[Path]:
+    """The folders of all runs in `storage`, those in sweeps too."""
+    return [plan.parent for plan in _in_run_folders(storage, PLAN)]
+
+
+def _in_run_folders(storage: Path, name: str) -> list[Path]:
+    return [path for folder in _RUN_FOLDERS for path in sorted(storage.glob(f"{folder}/{name}"))]
+
+
+def find_storage(run_folder: Path) -> Path:
+    """The storage that a run's folder lies in, at whatever depth: the first folder above it that has phases."""
+    return next((folder for folder in run_folder.parents if (folder / PHASES).is_dir()), run_folder.parent)
 
 
 def is_phase(folder: Path) -> bool:
-    return folder.parent.name == "phases" or (folder / CHECKPOINTS).is_dir()
+    return folder.parent.name == PHASES or (folder / CHECKPOINTS).is_dir()
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -129,12 +148,56 @@ def computing_run(phase_folder: Path) -> dict[str, Any]:
 
 
 def _run_record(phase_folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    # By its name, because the storage may have been moved since.
-    name = Path(plan.get("run_folder", "")).name
+    name = run_name(plan)
     return (read_json(phase_folder.parent.parent / name / RUN) or {}) if name else {}
 
 
+def run_name(plan: Mapping[str, Any]) -> str:
+    """The path of a run's folder within its storage, which may have been moved since the plan was written, e.g.
+    `digits-0123456789`; empty where the plan does not say it."""
+    folder, storage = Path(plan.get("run_folder", "")), plan.get("job", {}).get("storage")
+    if storage is not None and folder.is_relative_to(storage):
+        return str(folder.relative_to(storage))
+    # A bucket's working folder has another name on each machine.
+    depths = (len(Path(pattern).parts) for pattern in reversed(_RUN_FOLDERS) if folder.match(pattern))
+    return "/".join(folder.parts[-next(depths, 1) :])
+
+
+def complete_phase(folder: Path, values: Mapping[str, Any]) -> None:
+    """Declares the phase in `folder` complete: writes its manifest, which is `values` and, as `files`, the size and
+    SHA-256 of all that a later phase or a user needs: the checkpoint `values["checkpoint"]`, a path in `folder`, and
+    the summary of the weights."""
+    checkpoint = str(values["checkpoint"])
+    fetch_checkpoint(folder / checkpoint)
+    written = read_json(folder / checkpoint / CHECKPOINT_MANIFEST)["files"]
+    own = [name for name in (f"{checkpoint}/{CHECKPOINT_MANIFEST}", WEIGHTS) if (folder / name).is_file()]
+    files = {f"{checkpoint}/{name}": description for name, description in written.items()}
+    files |= {name: describe_file(folder / name) for name in own}
+    write_json(folder / PHASE_MANIFEST, {**values, "files": files})
+    publish_phase(folder)
+
+
+def read_phase(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the phase in `folder`; None where the phase is not complete: it has no manifest, or a file that
+    this names is missing or has another size. No such file is read: see :func:`damage`."""
+    manifest = read_json(folder / PHASE_MANIFEST)
+    if not isinstance(manifest, dict):
+        return None
+    is_whole = all(check_size(folder / name, known) is None for name, known in manifest.get("files", {}).items())
+    return manifest if is_whole else None
+
+
+def damage(folder: Path) -> str | None:
+    """Where the phase in `folder` differs from its manifest, with the file's name, or None. Reads the files."""
+    manifest = read_json(folder / PHASE_MANIFEST)
+    if not isinstance(manifest, dict):
+        return f"{folder / PHASE_MANIFEST}: missing, or not a manifest"
+    checks = (check_file(folder / name, known) for name, known in manifest.get("files", {}).items())
+    return next((problem for problem in checks if problem is not None), None)
+
+
 def _open_phase(folder: Path) -> Place:
+    fetch_place(folder)
     plan = read_json(folder / PLAN)
     if plan is None:
         raise CheckpointError(f"{folder}: {PLAN} is missing, so it is unknown which job this phase belongs to")

@@ -16,10 +16,12 @@ FAILURES = "failures.jsonl"
 LOCK = "lock"  # held by the command that writes in the run's folder and delivers to the run in MLflow
 STOP = "stop"  # its presence asks the workers to save and stop
 
+PHASES = "phases"  # in the storage: a folder for each phase, by its fingerprint
 HISTORY = "history.jsonl"  # of a phase: one record a step
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_MANIFEST = "manifest.json"  # of a checkpoint; there only when it is complete
 PHASE_MANIFEST = "phase.json"  # of a phase; there only when the phase is complete
+USED = "used"  # of a phase; written when it was last reused
 WEIGHTS = "weights.json"  # of a sparse or re-dense phase: what came of the weights
 
 

@@ -5,6 +5,7 @@ Ray is not imported here; the one thing that a worker needs of it, the report ca
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -18,29 +19,32 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from temper import checkpoint
+from temper import checkpoint, remote_store
 from temper.console import quieten
 from temper.data.batches import Batch, DataState, eval_batches, train_batches, views_of
-from temper.data.sources import SplitName, labelling_of, load_splits
+from temper.data.sources import Split, SplitName, labelling_of, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, prepare
 from temper.engine.sharded import shard_module
 from temper.errors import RunError
 from temper.evaluation import evaluate, evaluate_splits, teacher_metrics
-from temper.files import read_json, write_json
+from temper.files import read_lines
 from temper.locks import awaited
-from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
+from temper.loop import Calendar, Interrupted, Record, Reporter, TrainState, build_recovery, train
 from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
 from temper.parallel.groups import Group, MeshGroups, build_groups
 from temper.plan.build import Plan
+from temper.plan.mesh import MeshPlan
 from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
+from temper.products import complete_phase, read_phase
 from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, TraceTask, WorkerSpec
 from temper.targets import apply_target_folders
 from temper.techniques.distill.features import FeatureTaps
@@ -58,33 +62,72 @@ def work(spec: WorkerSpec, report: Report) -> None:
     """Trains the spec's phases on this rank, one after the other; the first that is not complete resumes from its
     newest sound checkpoint. Collective over all workers."""
     rank = int(os.environ["RANK"])
-    _redirect_output(spec.run_folder / "logs" / f"rank-{rank}.log")
-    apply_target_folders([Path(folder) for folder in spec.import_folders])
-    stage = _stage_writer(spec.run_folder, rank)
-    stage(f"loading {spec.plan.job.data.kind}")
+    stage = _begin(spec, rank)
     prepare(spec.plan.mesh.device)
     try:
-        with ExitStack() as earlier:
-            for phase in spec.phases:
-                lock = spec.plan.lock(phase, rank)
-                earlier.enter_context(awaited(lock, lambda: stage("waiting for the end of an earlier attempt")))
-            with _process_group(spec.plan.mesh.device):
-                worker = _Worker(spec, rank, stage)
-                incomplete = _incomplete(spec)
-                for phase in spec.phases:
-                    if phase in incomplete:
-                        worker.run(phase, partial(report, phase.name))
-                    else:
-                        # It may have ended with its last report not yet heard.
-                        report(phase.name, worker.last_records(phase))
+        with _alone(spec, rank, stage), process_group(spec.plan.mesh.device):
+            _train_phases(_Worker(spec, rank, stage, Kept()), report)
     except Exception as error:
         # Ray Train takes the traceback off on the way to the controller; a note stays.
         error.add_note(traceback.format_exc())
         raise
 
 
+class WarmWorker:
+    """A rank that outlives the runs that it serves: its process, its imports, its process groups and the data of the
+    run before stay, and everything else of a run is gone when it ends. Collective in all of its methods."""
+
+    def __init__(self, device: str) -> None:
+        self.rank = int(os.environ["RANK"])
+        prepare(device)
+        self._kept = Kept()
+
+    def work(self, spec: WorkerSpec, port: Port) -> None:
+        """As :func:`work`, in the process group that is there. Raises Interrupted where `port` asked for a stop."""
+        stage = _begin(spec, self.rank)
+        try:
+            with _alone(spec, self.rank, stage):
+                _train_phases(_Worker(spec, self.rank, stage, self._kept, port), port.report)
+        finally:
+            # Engines hold themselves in cycles.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _begin(spec: WorkerSpec, rank: int) -> Callable[[str], None]:
+    """Points this process at the run: its log, its targets; returns what tells people where it is."""
+    _redirect_output(spec.run_folder / "logs" / f"rank-{rank}.log")
+    apply_target_folders([Path(folder) for folder in spec.import_folders])
+    stage = _stage_writer(spec.run_folder, rank)
+    stage(f"loading {spec.plan.job.data.kind}")
+    return stage
+
+
+@contextmanager
+def _alone(spec: WorkerSpec, rank: int, stage: Callable[[str], None]) -> Iterator[None]:
+    """Waits for the ranks of an earlier attempt that have not yet noticed its end."""
+    with ExitStack() as earlier:
+        for phase in spec.phases:
+            lock = spec.plan.lock(phase, rank)
+            earlier.enter_context(awaited(lock, lambda: stage("waiting for the end of an earlier attempt")))
+        yield
+
+
+def _train_phases(worker: _Worker, report: Report) -> None:
+    incomplete = _incomplete(worker.spec)
+    for phase in worker.spec.phases:
+        if phase not in incomplete:
+            # It may have ended with its last report not yet heard.
+            report(phase.name, worker.last_records(phase))
+        elif worker.run(phase, partial(report, phase.name)) and phase != worker.spec.phases[-1]:
+            raise Interrupted
+
+
 def _incomplete(spec: WorkerSpec) -> list[PhasePlan]:
     """The phases that an attempt before this one has not completed, as rank 0 sees them."""
+    for phase in spec.phases if dist.get_rank() == 0 else ():
+        remote_store.fetch_phase(spec.phase_folder(phase))
     found = [{phase.name for phase in spec.phases if not (spec.phase_folder(phase) / PHASE_MANIFEST).exists()}]
     dist.broadcast_object_list(found, src=0)
     return [phase for phase in spec.phases if phase.name in found[0]]
@@ -96,7 +139,7 @@ def trace_work(spec: TraceSpec) -> None:
     _redirect_output(spec.run_folder / "logs" / f"verify-rank-{rank}.log")
     apply_target_folders([Path(folder) for folder in spec.import_folders])
     prepare(spec.plan.mesh.device)
-    with _process_group(spec.plan.mesh.device):
+    with process_group(spec.plan.mesh.device):
         groups = build_groups(spec.plan.mesh.data, spec.plan.mesh.pipeline, spec.plan.mesh.tensor)
         for task in spec.traces:
             _trace(task, spec.steps, groups)
@@ -111,7 +154,7 @@ def _trace(task: TraceTask, steps: int, groups: MeshGroups) -> None:
         begin_at_once(engine, task.phase, task.folder)
     batches = train_batches(
         job.data,
-        load_splits(job.data, Path(job.storage), plan.data, labelling_of(job))["train"],
+        load_splits(job.data, job.storage_folder, plan.data, labelling_of(job))["train"],
         plan.data,
         seed=job.seed,
         batch=plan.batch,
@@ -145,19 +188,58 @@ def build_parts(plan: Plan, groups: MeshGroups) -> Parts:
     return Parts(base, technique.loss, technique, technique.taps)
 
 
-class _Worker:
-    """The parts of one rank, built once."""
+class Port:
+    """A run's connection to who watches it. `decisive` are steps after which a report is answered before the training
+    goes on: whether it does."""
 
-    def __init__(self, spec: WorkerSpec, rank: int, stage: Callable[[str], None]) -> None:
+    decisive: frozenset[int] = frozenset()
+
+    def report(self, phase: str, records: list[Record]) -> None:
+        """All ranks call it together; only rank 0 has records."""
+
+    def stop_requested(self) -> bool:
+        """Rank 0's answer counts."""
+        return False
+
+
+class Kept:
+    """What a rank keeps from run to run because it depends on no run: process groups by mesh, and the last data."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, int, int], MeshGroups] = {}
+        self._splits: tuple[str, dict[SplitName, Split]] | None = None
+
+    def groups(self, mesh: MeshPlan) -> MeshGroups:
+        key = (mesh.data, mesh.pipeline, mesh.tensor)
+        if key not in self._groups:
+            self._groups[key] = build_groups(*key)
+        return self._groups[key]
+
+    def splits(self, plan: Plan) -> dict[SplitName, Split]:
+        job = plan.job
+        parts = [job.data.model_dump(mode="json"), job.storage, asdict(plan.data), asdict(labelling_of(job))]
+        key = json.dumps(parts, sort_keys=True, default=str)
+        if self._splits is None or self._splits[0] != key:
+            self._splits = None  # not both at once in memory
+            self._splits = key, load_splits(job.data, job.storage_folder, plan.data, labelling_of(job))
+        return self._splits[1]
+
+
+class _Worker:
+    """The parts of one rank, built once a run."""
+
+    def __init__(
+        self, spec: WorkerSpec, rank: int, stage: Callable[[str], None], kept: Kept, port: Port | None = None
+    ) -> None:
         plan = self.plan = spec.plan
         job = plan.job
         self.spec, self.rank, self.stage = spec, rank, stage
+        self.port = port or Port()
         self.world_size = plan.mesh.world_size
-        storage = Path(job.storage)
-        self.splits = load_splits(job.data, storage, plan.data, labelling_of(job))
+        self.splits = kept.splits(plan)
         stage(f"building {job.model.kind}")
         model = build_model(job.model, plan.data, job.seed)
-        self.groups = build_groups(plan.mesh.data, plan.mesh.pipeline, plan.mesh.tensor)
+        self.groups = kept.groups(plan.mesh)
         if plan.distill is not None and plan.distill.cache is None:
             stage(f"building the teacher ({', '.join(teacher.name for teacher in plan.distill.teachers)})")
         self.parts = build_parts(plan, self.groups)
@@ -175,15 +257,16 @@ class _Worker:
         """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
         return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device, self.groups.data)
 
-    def run(self, phase: PhasePlan, report: Callable[[list[Record]], None]) -> None:
-        """Trains `phase` to its end, from its newest sound checkpoint or else from the end of the phase before."""
+    def run(self, phase: PhasePlan, report: Callable[[list[Record]], None]) -> bool:
+        """Trains `phase` to its end, from its newest sound checkpoint or else from the end of the phase before; whether
+        a stop was asked for in its last step."""
         job, plan = self.plan.job, self.plan
         restored = self._restore(phase)
         state, records = restored or (self._enter(phase), [])
         report(records if self.rank == 0 else [])
         reporter = Reporter(
             report,
-            (self.spec.run_folder / STOP).exists,
+            self._stop_requested,
             first_step=state.step,
             rank=self.rank,
             world_size=self.world_size,
@@ -200,7 +283,9 @@ class _Worker:
             self.engine,
             self._train_batches(state.step, phase.last_step),
             state,
-            calendar=Calendar(phase.last_step, job.budget.evaluate_every, job.budget.checkpoint_every),
+            calendar=Calendar(
+                phase.last_step, job.budget.evaluate_every, job.budget.checkpoint_every, self.port.decisive
+            ),
             lr_at=learning_rate(job, phase),
             seed=job.seed,
             rank=self.groups.data.rank,
@@ -212,6 +297,10 @@ class _Worker:
             technique=self.parts.technique,
         )
         self._finish(phase, state)
+        return reporter.stop
+
+    def _stop_requested(self) -> bool:
+        return self.port.stop_requested() or (self.spec.run_folder / STOP).exists()
 
     def _watch(self) -> Watch:
         """Only fp16 has a loss scale to be looked at, and only a rank with the whole model can run it again."""
@@ -288,12 +377,16 @@ class _Worker:
         root = self.spec.checkpoints(phase)
         folder = checkpoint.checkpoint_folder(root, state.step)
         shapes = self.engine.shapes()
+        keep = self.plan.job.budget.keep_checkpoints
         checkpoint.write_shards(folder, self.rank, self.engine.shards())
+        remote_store.publish_shards(folder, self.rank)
         dist.barrier()
         if self.rank == 0:
             scalars = {**asdict(state), "engine": asdict(self.engine.state())}
+            remote_store.fetch_digests(folder, self.world_size)
             checkpoint.write_manifest(folder, self.world_size, scalars, shapes, records)
-            checkpoint.prune_checkpoints(root, self.plan.job.budget.keep_checkpoints)
+            checkpoint.prune_checkpoints(root, keep)
+            remote_store.publish_checkpoint(folder, keep)
 
     def _restore(self, phase: PhasePlan) -> tuple[TrainState, list[Record]] | None:
         """The phase's newest sound checkpoint's state and records, None where there is none; a damaged one is named and
@@ -309,7 +402,11 @@ class _Worker:
 
     def _candidates(self, phase: PhasePlan) -> list[Path]:
         """Complete checkpoints, newest first, as rank 0 sees them."""
-        listed = [list(reversed(checkpoint.list_checkpoints(self.spec.checkpoints(phase)))) if self.rank == 0 else []]
+        root, found = self.spec.checkpoints(phase), list[Path]()
+        if self.rank == 0:
+            remote_store.fetch_newest_checkpoint(root)
+            found = checkpoint.list_checkpoints(root)[::-1]
+        listed = [found]
         dist.broadcast_object_list(listed, src=0)
         return listed[0]
 
@@ -347,7 +444,11 @@ class _Worker:
     def _end_of(self, phase: PhasePlan) -> Path:
         """The last checkpoint of a complete phase."""
         folder = self.spec.phase_folder(phase)
-        return folder / read_json(folder / PHASE_MANIFEST)["checkpoint"]
+        remote_store.fetch_phase(folder)
+        manifest = read_phase(folder)
+        if manifest is None:
+            raise RunError(f"{phase.name} is not complete any more; start again, and it is computed anew")
+        return folder / manifest["checkpoint"]
 
     def _share(self, own: Any) -> list[Any]:
         """What every rank has, from what this rank has."""
@@ -369,12 +470,13 @@ class _Worker:
         pruning, before = latest_pruning(self.plan.phases, phase), self.plan.phase_before(phase)
         if pruning is not None and before is not None:
             dist.barrier()  # until rank 0 has completed the checkpoint
+            remote_store.fetch_checkpoint(folder)
             layers, start = list(pruning.layers), self._end_of(before)
             summary = summarize(phase, layers, start, folder, rank=self.rank, size=self.world_size, share=self._share)
             if self.rank == 0:
                 write_summary(self.spec.phase_folder(phase), summary)
         if self.rank == 0:
-            last = checkpoint.CheckpointReader(folder).records()[-1]
+            last = read_lines(folder / checkpoint.RECORDS)[-1]
             manifest = {
                 "name": phase.name,
                 "fingerprint": phase.fingerprint,
@@ -384,11 +486,11 @@ class _Worker:
                 "seconds": state.seconds,
                 "metrics": last["metrics"],
             }
-            write_json(self.spec.phase_folder(phase) / PHASE_MANIFEST, manifest)
+            complete_phase(self.spec.phase_folder(phase), manifest)
 
 
 @contextmanager
-def _process_group(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """The group of all ranks, which the environment describes."""
     device_of(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

@@ -247,6 +247,18 @@ def _check_offload(job: JobConfig) -> list[Problem]:
     return []
 
 
+def _check_gpu_share(job: JobConfig) -> list[Problem]:
+    parallel = job.parallel
+    ranks = parallel.workers * parallel.pipeline * parallel.tensor
+    if parallel.device == "cpu":
+        rule = "is a share of a GPU, and parallel.device is cpu"
+        return _unread(parallel, "parallel", ("gpus_per_worker",), rule, "device: auto")
+    if parallel.gpus_per_worker < 1 and ranks > 1:
+        rule = f"would put several of the job's {ranks} ranks on one GPU, which NCCL refuses"
+        return [Problem("parallel.gpus_per_worker", parallel.gpus_per_worker, rule, "use 1, or one rank")]
+    return []
+
+
 _SERVER_KEYS = ("shards", "n_fetch", "n_push", "max_staleness", "warm_start_steps")
 # What the parameter server does without: key, the value that means "without", why.
 _NOT_ON_A_SERVER: tuple[tuple[str, Any, str], ...] = (
@@ -523,6 +535,7 @@ _RULES: tuple[Callable[[JobConfig], list[Problem]], ...] = (
     _check_pipeline,
     _check_tensor,
     _check_offload,
+    _check_gpu_share,
     _check_parameter_server,
     _check_budget,
     _check_labels,

@@ -19,8 +19,9 @@ Sections = dict[str, type[BaseModel]]
 @dataclass(frozen=True)
 class _Place:
     """Where an error's location leads: the path as a user writes it, the section that holds its last key, and what the
-    schema allows at the path itself."""
+    schema allows at the path itself. `root` is the section that the whole path begins in."""
 
+    root: type[BaseModel]
     path: tuple[str | int, ...]
     parent: type[BaseModel]
     annotation: Any
@@ -46,11 +47,11 @@ class _Broken:
     message: str
 
 
-def explain(error: ValidationError, raw: Any) -> list[Problem]:
-    """One problem for each broken key, in the schema's order. `raw` are the values that were validated."""
+def explain(error: ValidationError, raw: Any, root: type[BaseModel] = JobConfig) -> list[Problem]:
+    """One problem for each broken key, in the schema's order. `raw` are the values that were validated, as a `root`."""
     by_key: dict[str, list[_Broken]] = {}
     for detail in error.errors(include_url=False):
-        place = _locate(detail["loc"], raw)
+        place = _locate(detail["loc"], raw, root)
         if place is not None:
             broken = _Broken(detail["type"], place, detail.get("ctx") or {}, detail["input"], detail["msg"])
             by_key.setdefault(place.key, []).append(broken)
@@ -70,14 +71,16 @@ def suggest(name: Any, known: Iterable[Any], limit: int = 12) -> str:
 # ---------------------------------------------------------------------------------------------- from loc to schema
 
 
-def _locate(loc: Sequence[str | int], raw: Any) -> _Place | None:
+def _locate(loc: Sequence[str | int], raw: Any, root: type[BaseModel]) -> _Place | None:
     """Walk pydantic's location through the schema and the values, dropping what it adds of its own (tags and members
-    of unions). None where the error is of a member that was not meant."""
-    annotation: Any = JobConfig
-    parent: type[BaseModel] = JobConfig
+    of unions, and the word that a mapping's key is wrong). None where the error is of a member that was not meant."""
+    annotation: Any = root
+    parent: type[BaseModel] = root
     value = raw
     path: list[str | int] = []
     for element in loc:
+        if element == "[key]":
+            break
         sections = sections_of(annotation)
         if _is_mixed(annotation):
             annotation = _meant(annotation, str(element), value)
@@ -93,7 +96,7 @@ def _locate(loc: Sequence[str | int], raw: Any) -> _Place | None:
         elif (item := _item_of(annotation)) is not None:
             path.append(element)
             annotation, value = item, _entry(value, element)
-    return _Place(tuple(path), parent, annotation)
+    return _Place(root, tuple(path), parent, annotation)
 
 
 def sections_of(annotation: Any) -> Sections:
@@ -149,13 +152,12 @@ def _entry(holder: Any, key: str | int) -> Any:
 
 def _item_of(annotation: Any) -> Any:
     """What a list or mapping of this annotation holds, None if it is neither."""
-    if get_origin(annotation) is Annotated:
-        return _item_of(get_args(annotation)[0])
-    return get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else None
+    items = (get_args(member)[-1] for member in _members(annotation) if get_origin(member) in (list, dict))
+    return next(items, None)
 
 
-def _paths_of(name: str) -> list[str]:
-    """The dotted paths at which the schema has a key of this name, those in lists left out."""
+def _paths_of(name: str, root: type[BaseModel]) -> list[str]:
+    """The dotted paths at which the schema `root` has a key of this name, those in lists left out."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterable[str]:
         for key, field in section.model_fields.items():
@@ -164,7 +166,7 @@ def _paths_of(name: str) -> list[str]:
             for child in sections_of(field.annotation).values():
                 yield from walk(child, f"{prefix}{key}.")
 
-    return list(dict.fromkeys(walk(JobConfig, "")))
+    return list(dict.fromkeys(walk(root, "")))
 
 
 # ------------------------------------------------------------------------------------------------ rules in words
@@ -226,6 +228,8 @@ _LIMITS = {
 # By what tells a pattern of the schema from those after it.
 _PATTERNS = {
     "channels": "'weights', 'channels' or 'N:M', e.g. '2:4'",
+    "=": "a dotted key, e.g. optimizer.lr",
+    "+-": "1 to 50 letters, digits, '.', '_', '+' or '-', beginning with a letter or a digit",
     ":": "'module:function', e.g. my_package.nets:build",
     "": "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
 }
@@ -311,9 +315,9 @@ def _required(section: type[BaseModel]) -> list[str]:
 def _unknown(broken: _Broken) -> Problem:
     name = str(broken.place.path[-1])
     holder = ".".join(map(str, broken.place.path[:-1]))
-    rule = f"is not a key of {holder}" if holder else "is not a key of a job"
+    rule = f"is not a key of {holder}" if holder else f"is not a key of a {_noun_of(broken.place.root)}"
     known = list(broken.place.parent.model_fields)
-    elsewhere = _paths_of(name)
+    elsewhere = _paths_of(name, broken.place.root)
     if ".".join(element for element in broken.place.path if isinstance(element, str)) in elsewhere:
         kind = get_args(broken.place.parent.model_fields["kind"].annotation)[0]
         return Problem(broken.place.key, broken.value, f"{rule} of kind {kind}", "leave it out, or choose another kind")
@@ -338,7 +342,13 @@ def _missing_kind(broken: _Broken) -> Problem:
 
 
 def _noun(place: _Place) -> str:
-    return next((str(element) for element in reversed(place.path) if isinstance(element, str)), "job")
+    named = (str(element) for element in reversed(place.path) if isinstance(element, str))
+    return next(named, _noun_of(place.root))
+
+
+def _noun_of(root: type[BaseModel]) -> str:
+    """`job` for JobConfig."""
+    return root.__name__.removesuffix("Config").lower()
 
 
 _SPECIAL: dict[str, Callable[[_Broken], Problem]] = {

@@ -24,8 +24,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Rules across sections are checked with the plan, which knows more. Raises JobError with every problem found, and no
     other exception, whatever the file holds.
     """
-    raw = parse_yaml(_read_text(path), _printable(str(path)))
-    return build_job(raw, overrides, source=_printable(str(path)))
+    raw = parse_yaml(read_text(path, "job"), printable(str(path)))
+    return build_job(raw, overrides, source=printable(str(path)))
 
 
 def job_folder(path: str | Path) -> Path:
@@ -50,6 +50,8 @@ def build_job(raw: Any, overrides: Sequence[str] = (), source: str = "job") -> J
         raise JobError(
             [Problem(source, None, f"{found}, and a job is a mapping of keys to values", "see jobs/digits.yaml")]
         )
+    if "space" in raw and "job" in raw:
+        raise JobError([Problem(source, None, "is a space, not a job", f"use it so: temper sweep {source}")])
     problems: list[Problem] = []
     for override in overrides:
         try:
@@ -71,30 +73,38 @@ def apply_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     The value is YAML: `optimizer.lr=5e-4`, `data.augment.0.kind=resize`, `model={kind: mlp, hidden: [64]}`,
     `a.b=null`. A section that the file leaves out is made. Raises JobError where the text or the path cannot be.
     """
-    match = _OVERRIDE.match(override)
-    if match is None:
-        raise JobError(
-            [Problem(_printable(override), None, "is not an override", "write key=value, e.g. optimizer.lr=0.1")]
-        )
-    key = _printable(match["key"])
-    if not match["value"].strip():
-        raise JobError(
-            [Problem(key, None, "is given no value", f"write {key}=null for none, or {key}='' for empty text")]
-        )
-    value = parse_yaml(match["value"], key)
-    result = _replaced(raw, key.split("."), value, key)
+    key, value = parse_override(override)
+    result = replaced(raw, key.split("."), value, key)
     assert isinstance(result, dict), "a job's top level stays a mapping"
     return result
 
 
-def _replaced(holder: Any, path: Sequence[str], value: Any, key: str) -> Any:
-    """A copy of `holder` in which the value at `path` is another; `key` is the whole dotted key, for messages."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`. Raises JobError where the text is none."""
+    match = _OVERRIDE.match(override)
+    if match is None:
+        raise JobError(
+            [Problem(printable(override), None, "is not an override", "write key=value, e.g. optimizer.lr=0.1")]
+        )
+    key = printable(match["key"])
+    if not match["value"].strip():
+        raise JobError(
+            [Problem(key, None, "is given no value", f"write {key}=null for none, or {key}='' for empty text")]
+        )
+    return key, parse_yaml(match["value"], key)
+
+
+def replaced(holder: Any, path: Sequence[str], value: Any, key: str) -> Any:
+    """A copy of `holder` in which the value at `path` is another; `key` is the whole dotted key, for messages.
+
+    Sections that are missing on the way are made. Raises JobError where there is no such place.
+    """
     if not path:
         return value
     name, rest = path[0], path[1:]
     if isinstance(holder, list):
         index = _index(holder, name, key)
-        return [*holder[:index], _replaced(holder[index], rest, value, key), *holder[index + 1 :]]
+        return [*holder[:index], replaced(holder[index], rest, value, key), *holder[index + 1 :]]
     if holder is None and name.isdigit():
         raise JobError(
             [Problem(key, value, f"cannot be set: the job has no list with an entry {name}", "set the whole list")]
@@ -104,7 +114,7 @@ def _replaced(holder: Any, path: Sequence[str], value: Any, key: str) -> Any:
     if not isinstance(holder, dict):
         above = ".".join(key.split(".")[: -len(path)])
         raise JobError([Problem(key, value, f"cannot be set: {above} is a single value, not a section")])
-    return {**holder, name: _replaced(holder.get(name), rest, value, key)}
+    return {**holder, name: replaced(holder.get(name), rest, value, key)}
 
 
 def _index(holder: list[Any], name: str, key: str) -> int:
@@ -123,39 +133,43 @@ def job_to_yaml(job: JobConfig) -> str:
     return format_yaml(job.model_dump(mode="json"))
 
 
-def _read_text(path: str | Path) -> str:
-    """The file's text. Raises JobError for whatever is not a readable, reasonably small UTF-8 file."""
-    shown = _printable(str(path))
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file that is to be a job's, or a space's, as `what` says.
+
+    Raises JobError for whatever is not a readable, reasonably small UTF-8 file.
+    """
+    shown = printable(str(path))
     try:
         file = Path(path)
         if not file.is_file():
-            raise JobError([_not_a_file(file, shown)])
+            raise JobError([_not_a_file(file, shown, what)])
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise JobError([Problem(shown, None, f"cannot be read: {reason}")]) from None
     if len(content) > MAX_BYTES:
-        raise JobError([Problem(shown, None, f"is larger than {MAX_BYTES // 1024} KiB, and a job file is a few lines")])
+        rule = f"is larger than {MAX_BYTES // 1024} KiB, and a {what} file is a few lines"
+        raise JobError([Problem(shown, None, rule)])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         rule = f"is not text: byte {error.start} is not UTF-8"
-        raise JobError([Problem(shown, None, rule, "give the job's YAML file, saved as UTF-8")]) from None
+        raise JobError([Problem(shown, None, rule, f"give the {what}'s YAML file, saved as UTF-8")]) from None
 
 
-def _not_a_file(file: Path, shown: str) -> Problem:
+def _not_a_file(file: Path, shown: str, what: str) -> Problem:
     if file.is_dir():
-        return Problem(shown, None, "is a folder", "give the job's YAML file")
+        return Problem(shown, None, "is a folder", f"give the {what}'s YAML file")
     if file.exists():
-        return Problem(shown, None, "is not a regular file", "give the job's YAML file")
+        return Problem(shown, None, "is not a regular file", f"give the {what}'s YAML file")
     folder = file.parent
     near = [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else []
     close = difflib.get_close_matches(file.name, near, n=1, cutoff=0.5)
-    remedy = f"did you mean {_printable(str(folder / close[0]))}?" if close else "give the path of a job's YAML file"
+    remedy = f"did you mean {printable(str(folder / close[0]))}?" if close else f"give the path of a {what}'s YAML file"
     return Problem(shown, None, "does not exist", remedy)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text that any UTF-8 terminal takes: bytes of an argument that were not UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

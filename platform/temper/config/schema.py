@@ -8,9 +8,12 @@ A job holds values, never code: the one way to name code is `kind: python, targe
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from temper.storage import storage_folder
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Target = Annotated[
@@ -478,6 +481,9 @@ class ParallelConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0.01, le=1)] = Field(
+        1.0, description="share of a GPU that each rank has; below 1, jobs of one rank share a GPU"
+    )
     max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(
         3, description="times that lost workers are replaced before the run fails"
     )
@@ -662,9 +668,14 @@ class JobConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     storage: Annotated[str, Field(min_length=1)] = Field(
-        "./runs", description="a folder; on several nodes a shared one"
+        "./runs", description="a folder, on several nodes a shared one, or s3://bucket/prefix or gs://bucket/prefix"
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @property
+    def storage_folder(self) -> Path:
+        """The folder in which this machine reads and writes the storage: see :mod:`temper.storage`."""
+        return storage_folder(self.storage)
 
 
 def json_schema() -> dict[str, Any]:

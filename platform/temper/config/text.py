@@ -8,6 +8,7 @@ text up.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+class _LineDumper(_Dumper):
+    """Writes line breaks and what cannot be seen as escapes."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
+
+
+_LineDumper.add_representer(str, _represent_text)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The value that `text` holds. `source` names the text in problems. Raises JobError, never another exception."""
     try:
@@ -83,6 +95,15 @@ def parse_yaml(text: str, source: str) -> Any:
 def format_yaml(value: dict[str, Any]) -> str:
     """YAML text that :func:`parse_yaml` reads back as the same value, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
+def format_value(value: Any) -> str:
+    """One line of YAML that :func:`parse_yaml` reads back as the same value."""
+    # Within a list, so that no mark of a document's end follows it.
+    listed = yaml.dump(
+        [value], Dumper=_LineDumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=True
+    )
+    return listed.strip().removeprefix("[").removesuffix("]")
 
 
 def _syntax_problem(error: yaml.YAMLError, source: str) -> Problem:

@@ -26,7 +26,7 @@ from temper.data.formats import (
     read_digits,
     read_idx_pair,
 )
-from temper.data.store import MANIFEST, store_folder
+from temper.data.store import MANIFEST, fetch_stored, store_folder
 from temper.errors import JobError, Problem, RunError
 from temper.plan.built_in import BUILT_INS, DIGITS_DIGEST
 from temper.plan.facts import NO_LABEL, DataFacts, labelled_examples
@@ -417,6 +417,7 @@ class StoredSplit:
 
 def _load_stored(config: DataConfig, split: str, storage: Path, facts: DataFacts) -> StoredSplit:
     folder = store_folder(storage, facts)
+    fetch_stored(folder)
     try:
         listed = json.loads((folder / MANIFEST).read_text())["splits"][split]
     except (OSError, ValueError, KeyError) as error:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from temper.config.schema import ImageFolderData, ParquetData, WebDatasetData
+from temper.files import describe_file
 from temper.plan.facts import DataFacts
 from temper.plan.user_files import SPLITS, FileData, list_class_files, list_samples, list_shards
+from temper.remote_store import fetch_parts, publish
 
 MANIFEST = "manifest.json"
 
@@ -35,6 +37,17 @@ def store_folder(storage: Path, facts: DataFacts) -> Path:
     return storage / "data" / facts.fingerprint
 
 
+def fetch_stored(folder: Path) -> None:
+    """Where the storage is a bucket: brings what this machine lacks of ingested data, if they are there."""
+    fetch_parts(folder / MANIFEST, stored_digests)
+
+
+def stored_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """The SHA-256 of each file that the manifest names, by its path beside it."""
+    splits = manifest["splits"].items()
+    return {f"{split}/{entry['name']}": entry.get("sha256") for split, listed in splits for entry in listed["files"]}
+
+
 def plan_parts(config: FileData, source: Path, target: Path) -> list[dict[str, Any]]:
     """All parts of the data set in `source`, as JSON-able work for `write_part`; their files go below `target`."""
     parts = []
@@ -46,7 +59,7 @@ def plan_parts(config: FileData, source: Path, target: Path) -> list[dict[str, A
 
 
 def write_part(part: dict[str, Any], config: FileData, num_classes: int) -> dict[str, Any]:
-    """Write one part and return its `split`, `name`, `rows`, `size` and `problem`, empty if all went well.
+    """Write one part and return its `split`, `name`, `rows`, `size`, `sha256` and `problem`, empty if all went well.
 
     The file appears whole or not at all. A problem is returned and not raised because it crosses processes.
     """
@@ -56,7 +69,7 @@ def write_part(part: dict[str, Any], config: FileData, num_classes: int) -> dict
     file = Path(part["file"])
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    result = {"split": part["split"], "name": part["name"], "rows": 0, "size": 0, "problem": ""}
+    result = {"split": part["split"], "name": part["name"], "rows": 0, "size": 0, "sha256": "", "problem": ""}
     try:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for chunk in _chunks(_checked(_READERS[config.kind](config, part), num_classes), _ROWS_IN_BATCH):
@@ -66,7 +79,9 @@ def write_part(part: dict[str, Any], config: FileData, num_classes: int) -> dict
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 result["rows"] += len(chunk)
         os.replace(unfinished, file)
-        result["size"] = file.stat().st_size
+        described = describe_file(file)
+        result["size"], result["sha256"] = described["bytes"], described["sha256"]
+        publish([file])
     except (BadExample, OSError, tarfile.TarError, pa.ArrowException) as error:
         result["problem"] = str(error) or type(error).__name__
     finally:

@@ -16,6 +16,7 @@ from temper.data.batches import eval_batches, view_batch
 from temper.data.sources import PartSplit, labelling_of, load_splits
 from temper.engine.deepspeed_setup import device_of
 from temper.plan.build import Plan
+from temper.remote_store import publish
 from temper.targets import apply_target_folders
 from temper.techniques.distill.cache import write_piece
 from temper.techniques.distill.cache_files import Piece
@@ -30,7 +31,7 @@ class Asker:
         assert plan.distill is not None and plan.distill.cache is not None, "it is asked for a cache"
         self.plan, self.distill, self.cache = plan, plan.distill, plan.distill.cache
         apply_target_folders([Path(folder) for folder in import_folders])
-        self.splits = load_splits(plan.job.data, Path(plan.job.storage), plan.data, labelling_of(plan.job))
+        self.splits = load_splits(plan.job.data, plan.job.storage_folder, plan.data, labelling_of(plan.job))
         self.augmentation = build_transforms(plan.job.data.augment)
 
     def train_rows(self) -> int:
@@ -48,6 +49,8 @@ class Asker:
             top_k=self.cache.top_k if is_train else None,
             features=self.cache.features and is_train,
         )
+        if self.plan.cluster.nodes > 1:
+            publish([piece.file(self.cache.folder)])
         return {"rows": piece.rows}
 
     @cached_property

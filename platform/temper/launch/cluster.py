@@ -12,6 +12,7 @@ from typing import Any
 
 from temper.errors import JobError, Problem, RunError
 from temper.plan.mesh import ClusterShape, local_cluster
+from temper.plan.room import NodeRoom
 
 # Read by Ray when it is imported, in the driver and in what it starts.
 RAY_ENVIRONMENT = {
@@ -141,3 +142,14 @@ def cluster_shape(address: str) -> ClusterShape:
     resources = ray.cluster_resources()
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
     return ClusterShape(nodes=nodes, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+def node_rooms(address: str) -> list[NodeRoom]:
+    """CPUs and GPUs of each node, whoever uses them now; of this machine for `local`. Needs a session otherwise."""
+    if address == "local":
+        machine = local_cluster()
+        return [NodeRoom(machine.cpus, machine.gpus)]
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [NodeRoom(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in resources]

@@ -1,7 +1,8 @@
 """Brings a user's own files into the storage through Ray Data, once for all jobs that use them.
 
 The result is `<storage>/data/<fingerprint>/<split>/part-….arrow` and, written last, `manifest.json`: without it the
-data are not there. The data folder and the storage must be reachable from every node.
+data are not there. The data folder and the storage must be reachable from every node: shared folders, or a bucket as the
+storage.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 from filelock import FileLock
 
+from temper.claims import remotely_awaited
 from temper.config.schema import DataConfig, ImageFolderData, ParquetData, WebDatasetData
 from temper.console import quieten
-from temper.data.store import MANIFEST, plan_parts, store_folder, write_part
+from temper.data.store import MANIFEST, fetch_stored, plan_parts, store_folder, stored_digests, write_part
 from temper.errors import JobError, Problem
 from temper.plan.facts import DataFacts
 from temper.plan.user_files import SPLITS, FileData
+from temper.remote_store import publish_parts
 
 _SHOWN_PROBLEMS = 10
 
@@ -37,14 +40,18 @@ def ingest(config: DataConfig, facts: DataFacts, storage: Path, say: Callable[[s
     if not isinstance(config, ImageFolderData | ParquetData | WebDatasetData):
         return
     folder = store_folder(storage, facts)
+    fetch_stored(folder)
     if (folder / MANIFEST).is_file():
         return
     say(f"bringing {facts.folder} into the storage")
     folder.mkdir(parents=True, exist_ok=True)
     # The lock dies with its holder; parts that a killed driver left behind are written again.
-    with FileLock(folder.with_suffix(".lock")):
+    lock = folder.with_suffix(".lock")
+    with FileLock(lock), remotely_awaited(lock, lambda: say("waiting for another machine that does the same")):
+        fetch_stored(folder)
         if not (folder / MANIFEST).is_file():
-            _write_manifest(folder, facts, _write_parts(config, facts, folder))
+            manifest = _write_manifest(folder, facts, _write_parts(config, facts, folder))
+            publish_parts(folder / MANIFEST, stored_digests(manifest))
 
 
 def _write_parts(config: FileData, facts: DataFacts, folder: Path) -> list[dict[str, Any]]:
@@ -69,12 +76,12 @@ def _write(row: dict[str, Any], config: FileData, num_classes: int) -> dict[str,
     return write_part(json.loads(row["part"]), config, num_classes)
 
 
-def _write_manifest(folder: Path, facts: DataFacts, results: list[dict[str, Any]]) -> None:
+def _write_manifest(folder: Path, facts: DataFacts, results: list[dict[str, Any]]) -> dict[str, Any]:
     splits = {
         split: {
             "rows": sum(result["rows"] for result in results if result["split"] == split),
             "files": [
-                {"name": result["name"], "rows": result["rows"], "size": result["size"]}
+                {key: result[key] for key in ("name", "rows", "size", "sha256")}
                 for result in results
                 if result["split"] == split
             ],
@@ -83,8 +90,10 @@ def _write_manifest(folder: Path, facts: DataFacts, results: list[dict[str, Any]
     }
     _check_rows(splits, facts)
     unfinished = folder / f".{MANIFEST}.{os.getpid()}"
-    unfinished.write_text(json.dumps({"fingerprint": facts.fingerprint, "splits": splits}, indent=1))
+    manifest = {"fingerprint": facts.fingerprint, "splits": splits}
+    unfinished.write_text(json.dumps(manifest, indent=1))
     unfinished.replace(folder / MANIFEST)
+    return manifest
 
 
 def _check_rows(splits: dict[str, Any], facts: DataFacts) -> None:

@@ -17,10 +17,10 @@ import ray
 from ray.exceptions import RayError
 
 from temper.errors import RunError
-from temper.files import write_json
 from temper.launch.ledger import Ledger, Pushed, StepRecords
 from temper.launch.server_actors import PhaseSpec, ShardActor, WorkerActor, stage_writer
-from temper.run_folder import CHECKPOINTS, FAILURES, PHASE_MANIFEST, RUN, STOP, WorkerSpec
+from temper.products import complete_phase
+from temper.run_folder import CHECKPOINTS, FAILURES, RUN, STOP, WorkerSpec
 from temper.tracking.history import Record, phase_histories
 
 POLL_S = 0.1
@@ -391,7 +391,7 @@ class Supervisor:
             "seconds": self._seconds,
             "metrics": last["metrics"],
         }
-        write_json(self._spec.folder / PHASE_MANIFEST, manifest)
+        complete_phase(self._spec.folder, manifest)
 
     # -------------------------------------------------------------------------------------------------------- records
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temper import remote_store
 from temper.errors import RunError
 from temper.files import read_json
 from temper.launch.ledger import Computed, Pushed, Ticket
@@ -132,6 +133,7 @@ class ShardActor:
             parts.append(checkpoint.Shard(name, 0, {checkpoint.BUFFER: value.reshape(-1)}))
         folder = checkpoint.checkpoint_folder(self._spec.checkpoints, step)
         checkpoint.write_shards(folder, self._index, parts)
+        remote_store.publish_shards(folder, self._index)
         return asdict(self._shard.state())
 
     def complete(self, state: dict[str, Any], records: list[Record]) -> str:
@@ -141,8 +143,10 @@ class ShardActor:
         assert self._shard
         job = self._spec.plan.job
         folder = checkpoint.checkpoint_folder(self._spec.checkpoints, state["step"])
+        remote_store.fetch_digests(folder, job.parallel.shards)
         checkpoint.write_manifest(folder, job.parallel.shards, state, self._shapes, records)
         checkpoint.prune_checkpoints(self._spec.checkpoints, job.budget.keep_checkpoints)
+        remote_store.publish_checkpoint(folder, job.budget.keep_checkpoints)
         return folder.name
 
     # ------------------------------------------------------------------------------------ in sparse and re-dense phases
@@ -229,7 +233,7 @@ class WorkerActor:
         job = plan.job
         _enter_process(self._spec.run, f"rank-{self._number}", max(1, int(job.parallel.cpus_per_worker)))
         self._loss = build_loss(job.loss)
-        self._splits = load_splits(job.data, Path(job.storage), plan.data, labelling_of(job))
+        self._splits = load_splits(job.data, job.storage_folder, plan.data, labelling_of(job))
         device = device_of(plan.mesh.device)
         self._technique = build_distillation(plan, self._loss, device)
         loss = self._loss if self._technique is None else self._technique.loss
@@ -405,6 +409,7 @@ def end_of_phase_before(spec: PhaseSpec) -> Path | None:
     if before is None:
         return None
     folder = spec.run.phase_folder(before)
+    remote_store.fetch_phase(folder)
     manifest = read_json(folder / PHASE_MANIFEST)
     assert manifest is not None, f"{before.name} is not complete"
     return folder / str(manifest["checkpoint"])
@@ -414,6 +419,7 @@ def newest_checkpoint(root: Path) -> tuple[CheckpointReader | None, str | None]:
     """The newest sound checkpoint in `root`, and what is wrong with the newest, if it is not that."""
     from temper.checkpoint import MANIFEST, CheckpointReader, check_checkpoint, list_checkpoints
 
+    remote_store.fetch_newest_checkpoint(root)
     refused = None
     for folder in reversed(list_checkpoints(root)):
         problem = check_checkpoint(folder)

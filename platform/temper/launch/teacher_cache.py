@@ -1,7 +1,8 @@
 """Asks the teacher about the whole data set through Ray Data, once for all jobs that learn the same from it.
 
 The result is the cache of :mod:`temper.techniques.distill.cache_files`. As many processes as are free ask, each with
-the teacher whole; what they write does not depend on who wrote it. The storage must be reachable from every node.
+the teacher whole; what they write does not depend on who wrote it. The storage must be reachable from every node: a
+shared folder or a bucket.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from temper.claims import remotely_awaited
 from temper.console import quieten
 from temper.errors import JobError, Problem, RunError, TemperError
 from temper.locks import awaited
 from temper.plan.build import Plan
 from temper.plan.distill import CachePlan, DistillPlan
 from temper.plan.memory import BYTES
+from temper.remote_store import fetch
 from temper.techniques.distill.cache_files import (
     MANIFEST,
     Cut,
     Piece,
     complete_cache,
+    fetch_cache,
     damaged_parts,
     missing_pieces,
     open_manifest,
     plan_cut,
+    publish_cache,
     remove_damaged,
 )
 
@@ -37,23 +42,39 @@ if TYPE_CHECKING:
     from temper.launch.asker import Asker
 
 
-def make_cache(plan: Plan, import_folders: Sequence[str], say: Callable[[str], None] = lambda text: None) -> int:
+Ask = Callable[[Sequence[Piece]], None]
+"""Has processes write the files of these pieces, and waits for them."""
+
+
+def make_cache(
+    plan: Plan,
+    import_folders: Sequence[str],
+    say: Callable[[str], None] = lambda text: None,
+    ask: Ask | None = None,
+) -> int:
     """Completes the cache of the plan's teacher and returns of how many examples, counted once for each view, the
     teacher was asked now: 0 where all was there, or where the job caches nothing.
 
-    Needs a Ray to be connected, and a teacher that is trained. `import_folders` are searched for `kind: python` data;
+    Needs a Ray to be connected, and a teacher that is trained. `ask` does the asking, by default Ray Data with as many
+    processes as find room. `import_folders` are searched for `kind: python` data;
     `say` is told what is done, for people. What an earlier command completed before it was stopped is kept. A cache
     that is there is read once: files that are damaged are computed anew. Another driver that makes the same is waited
     for. Raises RunError, or JobError where the job is wrong.
     """
     distill = plan.distill
-    if distill is None or distill.cache is None or _is_sound(distill.cache):
+    if distill is None or distill.cache is None:
         return 0
-    folder = distill.cache.folder
-    with awaited(folder.with_suffix(".lock"), lambda: say("waiting for another command that asks the same teacher")):
+    folder, lock = distill.cache.folder, distill.cache.folder.with_suffix(".lock")
+    fetch_cache(folder)
+    if _is_sound(distill.cache):
+        publish_cache(folder)
+        return 0
+    wait = partial(say, "waiting for another command that asks the same teacher")
+    with awaited(lock, wait), remotely_awaited(lock, wait):
         # Only now: what was damaged before, another command may have mended meanwhile.
         for file in remove_damaged(folder):
             say(f"{file} is damaged and is computed anew")
+        fetch_cache(folder)
         if _is_there(distill.cache):
             return 0
         cuts = _plan_cuts(plan, distill, distill.cache, import_folders)
@@ -61,8 +82,11 @@ def make_cache(plan: Plan, import_folders: Sequence[str], say: Callable[[str], N
         examples, whole = sum(piece.rows for piece in pieces), sum(cut.rows * cut.views for cut in cuts)
         if pieces:
             say(f"asking the teacher about {examples:,} of {whole:,} examples")
-            _ask(plan, import_folders, pieces)
+            (ask or partial(_ask, plan, import_folders))(pieces)
+            for piece in pieces:
+                fetch(piece.file(folder))  # which another node may have written
         complete_cache(distill.cache, cuts)
+        publish_cache(folder)
     return examples
 
 
@@ -101,7 +125,8 @@ def _train_rows(plan: Plan, import_folders: Sequence[str]) -> int:
 
     if not plan.job.data.omit_classes:
         return plan.data.train_examples
-    counted = ray.remote(_count_rows).options(num_cpus=plan.job.parallel.cpus_per_worker)
+    # It takes a moment, and workers that wait for the cache may hold every CPU.
+    counted = ray.remote(_count_rows).options(num_cpus=0)
     result = ray.get(counted.remote(plan, tuple(import_folders)))
     _raise_problems([result])
     return int(result["rows"])

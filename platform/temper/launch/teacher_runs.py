@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from temper.files import read_json
-from temper.launch.phase_store import claim_phases, keep_phase
+from temper.launch.phase_store import claim_phases, discard_damaged, keep_phase
 from temper.locks import HeldError, claimed
 from temper.plan.build import Plan
 from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
-from temper.products import computing_run
-from temper.run_folder import LOCK, PHASE_MANIFEST
+from temper.products import computing_run, read_phase
+from temper.remote_store import fetch_phase
+from temper.run_folder import LOCK, PHASE_MANIFEST, PHASES
 
 _POLL_S = 0.2
 
@@ -38,7 +39,10 @@ def teachers_of(plan: Plan) -> tuple[Teacher, ...]:
 
 def is_trained(teacher: Teacher) -> bool:
     """Whether its weights are there; those of any teacher but a job have been found."""
-    return teacher.plan is None or read_json(teacher.place / PHASE_MANIFEST) is not None
+    if teacher.plan is None:
+        return True
+    fetch_phase(teacher.place)
+    return read_phase(teacher.place) is not None
 
 
 def claim_teacher(teacher: Teacher, stack: ExitStack, say: Callable[[str], None]) -> tuple[PhasePlan, ...]:
@@ -51,7 +55,7 @@ def claim_teacher(teacher: Teacher, stack: ExitStack, say: Callable[[str], None]
         try:
             with ExitStack() as claim:
                 claim.enter_context(claimed(plan.run_folder / LOCK, plan.job.name))
-                pending = claim_phases(plan, claim)
+                pending = claim_phases(plan, claim, say)
                 stack.push(claim.pop_all())
                 return tuple(phase for phase in pending if phase.last_step <= wanted.last_step)
         except HeldError:
@@ -63,10 +67,13 @@ def claim_teacher(teacher: Teacher, stack: ExitStack, say: Callable[[str], None]
 
 
 def keep_teacher(teacher: Teacher, stack: ExitStack) -> None:
-    """Until `stack` is closed, no command removes the phase that the teacher lies in."""
+    """Until `stack` is closed, no command removes the phase that the teacher lies in. A teacher that can be trained is
+    no longer trained where a file of it is damaged."""
     phase_folder = _phase_folder(teacher)
-    if phase_folder is not None and phase_folder.parent.name == "phases":
+    if phase_folder is not None and phase_folder.parent.name == PHASES:
         keep_phase(phase_folder, stack)
+        if teacher.plan is not None:
+            discard_damaged(phase_folder)
 
 
 def teacher_results(plan: Plan, trained: frozenset[str]) -> list[TeacherResult]:

@@ -49,6 +49,7 @@ from temper.products import (
     is_phase,
     open_place,
 )
+from temper.remote_store import has_phase
 from temper.run_folder import JOB, PHASE_MANIFEST, PLAN
 
 Answer = TypeVar("Answer")
@@ -162,7 +163,7 @@ class Search:
 
     @property
     def storage(self) -> Path:
-        return Path(self.job.storage)
+        return self.job.storage_folder
 
     def problem(self, rule: str, remedy: str = "", key: str = "") -> JobError:
         """At `key` of the teacher's section; by default, at what names the teacher."""
@@ -259,7 +260,7 @@ def _teacher_of_job(search: Search) -> Teacher:
         weight=search.config.weight,
         import_folders=(os.getcwd(), str(folder_of(path))),
         plan=plan,
-        is_trained=read_json(place / PHASE_MANIFEST) is not None,
+        is_trained=read_json(place / PHASE_MANIFEST) is not None or has_phase(place),
     )
 
 

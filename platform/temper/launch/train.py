@@ -44,6 +44,7 @@ from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
+from temper.remote_store import fetch_phase, fetch_run_record, publish, publish_run
 from temper.run_folder import (
     FAILURES,
     HISTORY,
@@ -56,6 +57,7 @@ from temper.run_folder import (
     STOP,
     WorkerSpec,
 )
+from temper.storage import absolute_storage
 from temper.tracking.delivery import replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
 from temper.tracking.mlflow_store import RunStatus, close_run, log_tags, open_run, tracking_uri
@@ -133,16 +135,17 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
     """
     started = time.perf_counter()
     prepare_environment(options.address)
-    job = job.model_copy(update={"storage": str(Path(job.storage).absolute())})
-    if not Path(job.storage).exists():
+    job = job.model_copy(update={"storage": absolute_storage(job.storage)})
+    if not job.storage_folder.exists():
         # Nothing is there to be reused, and the plan waits for a process that builds the model.
         _begin_imports()
     with ExitStack() as stack:
         session = RaySession(options.address, stack)
         if not session.is_embedded:
-            session.start(Path(job.storage) / "logs")
+            session.start(job.storage_folder / "logs")
         plan = plan_job(job, cluster_shape(options.address), job_folder)
         stack.enter_context(claimed(plan.run_folder / LOCK, f"{job.name}, {plan.fingerprint[:10]},"))
+        fetch_run_record(plan.run_folder)
         pending = _forget(plan, stack) if options.fresh else claim_phases(plan, stack)
         trained: frozenset[str] = frozenset()
         if pending:
@@ -227,7 +230,7 @@ def _result(
 def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) -> None:
     """Everything between the plan and the manifest of the last phase that is to be run."""
     plan, pending = spec.plan, spec.phases
-    _prepare_folders(spec)
+    prepare_folders(spec)
     for note in plan.notes:
         display.note(note)
     for phase in plan.phases:
@@ -240,7 +243,7 @@ def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) 
         display.stage("starting Ray")
     _begin_imports()
     session.start(plan.run_folder / "logs")
-    ingest(plan.job.data, plan.data, Path(plan.job.storage), display.stage)
+    ingest(plan.job.data, plan.data, plan.job.storage_folder, display.stage)
     _cache_teacher(spec, display)
     tracking = _Tracking(plan, command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
@@ -254,6 +257,7 @@ def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) 
         status = "FINISHED"
     finally:
         for phase in pending:
+            fetch_phase(plan.phase_folder(phase))  # which workers on other nodes may have completed
             complete_history(plan, phase)
         tracking.settle(status, display)
 
@@ -276,7 +280,7 @@ def _begin_imports() -> None:
     threading.Thread(target=import_trainer, daemon=True).start()
 
 
-def _prepare_folders(spec: WorkerSpec) -> None:
+def prepare_folders(spec: WorkerSpec) -> None:
     """The run's folder, and the folders of the phases that are to be run, which are marked as this run's."""
     plan, folder = spec.plan, spec.run_folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,6 +293,7 @@ def _prepare_folders(spec: WorkerSpec) -> None:
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(job_to_yaml(plan.job))
         write_json(place / PLAN, {**plan.to_dict(), "import_folders": spec.import_folders})
+        publish([place / JOB, place / PLAN])
 
 
 class _Tracking:
@@ -335,6 +340,7 @@ def _open_run(plan: Plan, command: str) -> TrackedRun:
     run_id = known.get("run_id") if known.get("uri") == uri else None
     run = TrackedRun(uri, open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command))
     write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
+    publish_run(plan.run_folder, plan.job.storage_folder)
     log_tags(uri, run.run_id, {**phase_tags(plan, run.run_id), **teacher_tags(plan)})
     return run
 
@@ -468,6 +474,7 @@ def _deliver(run: TrackedRun, plan: Plan, status: RunStatus) -> bool:
 
         delivered = delivered and log_plots(run.uri, run.run_id, plan)
     write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
+    publish_run(plan.run_folder, plan.job.storage_folder)
     return delivered
 
 
@@ -475,7 +482,7 @@ def _deliver_late(spec: WorkerSpec, command: str) -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(spec.run_folder / RUN) or {}
     if not known.get("delivered"):
-        _prepare_folders(spec)
+        prepare_folders(spec)
         _deliver(_open_run(spec.plan, command), spec.plan, "FINISHED")
 
 

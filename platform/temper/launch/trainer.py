@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -26,6 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from temper.plan.room import GroupShape, shape_of
 from temper.run_folder import FAILURES, RUN, TraceSpec, WorkerSpec
 from temper.tracking.callback import TrackingCallback, TrackingTarget, build_callbacks
 from temper.tracking.history import phase_histories
@@ -123,17 +125,34 @@ def _trainer(
     restarts: int,
     embedded: bool,
 ) -> DataParallelTrainer:
-    mesh, on_gpu = spec.plan.mesh, spec.plan.mesh.device == "cuda"
-    resources = {"CPU": spec.plan.job.parallel.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    shape = shape_of(spec.plan)
+    return build_group(
+        loop, {"spec": spec}, shape, spec.run_folder / "ray", callbacks, restarts=restarts, embedded=embedded
+    )
+
+
+def build_group(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    shape: GroupShape,
+    folder: Path,
+    callbacks: list[Any],
+    *,
+    restarts: int,
+    embedded: bool,
+) -> DataParallelTrainer:
+    """A worker group of this shape, whose ranks run `loop(config)`; Ray Train's own record of it goes to `folder`."""
+    on_gpu = shape.gpus_per_rank > 0
+    resources = {"CPU": shape.cpus_per_rank, **({"GPU": shape.gpus_per_rank} if on_gpu else {})}
     return (EmbeddedTrainer if embedded else LeanTrainer)(
         loop,
-        train_loop_config={"spec": spec},
+        train_loop_config=config,
         backend_config=ProcessGroupConfig(),
-        scaling_config=ScalingConfig(num_workers=mesh.world_size, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=shape.ranks, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             # Ray's own record of an attempt; checkpoints are temper's, so that none is ever read from here.
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(spec.run_folder / "ray"),
+            storage_path=str(folder),
             failure_config=FailureConfig(max_failures=restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,

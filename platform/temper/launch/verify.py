@@ -27,6 +27,7 @@ from temper.plan.build import Plan
 from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.run_folder import FAILURES, TraceSpec, TraceTask
+from temper.storage import absolute_storage
 from temper.tracking.mlflow_store import close_run, log_certificate, open_run, tracking_uri
 from temper.verify import Comparison, compare
 
@@ -66,12 +67,12 @@ def launch_verify(
     """
     started = time.perf_counter()
     prepare_environment(address)
-    job = _with_live_teacher(job.model_copy(update={"storage": str(Path(job.storage).absolute())}))
+    job = _with_live_teacher(job.model_copy(update={"storage": absolute_storage(job.storage)}))
     _check_mode(job)
     with ExitStack() as stack:
         session = RaySession(address, stack)
         if not session.is_embedded:
-            session.start(Path(job.storage) / "logs")
+            session.start(job.storage_folder / "logs")
         cluster = cluster_shape(address)
         plans = [plan_job(variant, cluster, job_folder) for variant in _precisions(job)]
         references = [_in_one_process(plan, cluster, job_folder) for plan in plans]
@@ -81,7 +82,7 @@ def launch_verify(
         if not session.is_started:
             say("starting Ray")
         session.start(plans[-1].run_folder / "logs")
-        ingest(job.data, plans[-1].data, Path(job.storage), say)
+        ingest(job.data, plans[-1].data, job.storage_folder, say)
         comparisons = _compare_all(plans, references, steps, job_folder, say, embedded=session.is_embedded)
     certificate = _certificate(plans[-1], references[-1], steps, comparisons, time.perf_counter() - started)
     return _keep(certificate, plans[-1], command)

@@ -5,6 +5,7 @@ Every problem that can be known here is collected and raised together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from temper.plan.probe import ModelFacts, Timing, model_facts
 from temper.plan.stages import LEAST_MICRO_BATCHES, StagePlan, bubble, plan_stages
 from temper.plan.targets import check_targets, hash_targets
 from temper.plan.teaching import plan_teaching, teaching_ingredients, teaching_notes
+from temper.storage import is_remote
 
 Found = TypeVar("Found")
 
@@ -39,7 +41,8 @@ class Plan:
     """What will happen, and what it costs. `steps` are optimizer steps of all phases together; `memory` is bytes on one
     rank. `fingerprint` is that of the last phase.
 
-    `stages` are those of the pipeline, empty without one.
+    `stages` are those of the pipeline, empty without one. `place` is the run's folder in the storage where it is not
+    the job's own, as in a sweep.
     """
 
     job: JobConfig
@@ -55,15 +58,16 @@ class Plan:
     fingerprint: str
     notes: tuple[str, ...]
     distill: DistillPlan | None = None
+    place: str | None = None
 
     @property
     def run_folder(self) -> Path:
         """Where this run's logs and live state lie; two plans share it only if they compute the same."""
-        return Path(self.job.storage) / f"{self.job.name}-{self.fingerprint[:10]}"
+        return self.job.storage_folder / (self.place or f"{self.job.name}-{self.fingerprint[:10]}")
 
     def phase_folder(self, phase: PhasePlan) -> Path:
         """The phase's place in the store: checkpoint, history and manifest, shared by every job that has this phase."""
-        return Path(self.job.storage) / "phases" / phase.fingerprint
+        return self.job.storage_folder / "phases" / phase.fingerprint
 
     def phase_before(self, phase: PhasePlan) -> PhasePlan | None:
         """The phase that `phase` goes on from; None for the first."""
@@ -173,7 +177,14 @@ def _decide(
         recipe["distill"] = teaching_ingredients(job, distill)
         trained = with_connectors(model, distill.pairs)
     dense = PhasePlan(
-        "dense", "dense", 0, steps, job.optimizer.lr, fingerprint(recipe), _deepspeed(job, trained, mesh, batch)
+        name="dense",
+        kind="dense",
+        first_step=0,
+        steps=steps,
+        lr=job.optimizer.lr,
+        fingerprint=fingerprint(recipe),
+        deepspeed=_deepspeed(job, trained, mesh, batch),
+        ingredients=recipe,
     )
     phases = expand_phases(job, data, model.prunable, dense)
     return Plan(
@@ -223,6 +234,7 @@ def _notes(job: JobConfig, data: DataFacts, mesh: MeshPlan, batch: BatchPlan, ph
         *_server_notes(job),
         *_sharding_notes(job, mesh),
         *_evaluation_notes(data),
+        *_storage_notes(job),
     ]
 
 
@@ -287,6 +299,15 @@ def _server_notes(job: JobConfig) -> list[str]:
     if job.budget.checkpoint_every == 0:
         notes.append("budget.checkpoint_every: 0 saves nothing before the end: a shard that dies begins anew")
     return notes
+
+
+def _storage_notes(job: JobConfig) -> list[str]:
+    if not is_remote(job.storage) or job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    return [
+        f"what MLflow is told stays on this machine, in {job.storage_folder}/mlflow.db; set tracking.uri to a server, and "
+        "all machines that share the storage share it, too"
+    ]
 
 
 def _sharding_notes(job: JobConfig, mesh: MeshPlan) -> list[str]:

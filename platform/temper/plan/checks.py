@@ -15,6 +15,7 @@ from temper.plan.facts import DataFacts
 from temper.plan.phases import phase_schedule, phase_steps, plan_steps
 from temper.plan.probe import ModelFacts
 from temper.plan.stages import check_stages
+from temper.storage import check_address, check_reachable, is_remote
 
 _MAX_STEPS = 2**40
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -205,13 +206,17 @@ def _sequence_remedy(job: JobConfig) -> str:
 
 
 def check_storage(job: JobConfig) -> list[Problem]:
-    """`storage` must be a folder that this process can write to, or one that it can make."""
-    text = job.storage
-    if "://" in text:
-        rule = "is an address, and storage must be a folder"
-        return [Problem("storage", text, rule, "use a folder that all nodes share, e.g. on NFS or a mounted bucket")]
+    """`storage` must be a folder that this process can write to, or one that it can make; for an address that is its
+    working folder, and the bucket must be there and let this machine in."""
+    text, folder = job.storage, job.storage_folder
+    if not is_remote(text):
+        return _check_folder(text, folder)
+    return check_address(text) or _check_folder(text, folder) or check_reachable(text)
+
+
+def _check_folder(text: str, folder: Path) -> list[Problem]:
     try:
-        existing = Path(text).absolute()
+        existing = folder.absolute()
         while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():

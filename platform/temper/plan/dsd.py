@@ -77,6 +77,8 @@ def _phase_after(
         deepspeed=before.deepspeed,
         pruning=pruning,
         fresh=job.dsd.optimizer_state == "fresh",
+        ingredients=recipe,
+        before=before.fingerprint,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ class PhasePlan:
     is empty where DeepSpeed has no part in them.
 
     `lr` is what the phase's schedule is multiplied by. A sparse phase has a `pruning`. `fresh` says that the optimizer
-    begins the phase without moments.
+    begins the phase without moments. `fingerprint` is over `before`, that of the phase before (none: empty), and the
+    `ingredients`, which are JSON-able.
     """
 
     name: str
@@ -58,6 +59,8 @@ class PhasePlan:
     deepspeed: dict[str, Any]
     pruning: Pruning | None = None
     fresh: bool = False
+    ingredients: dict[str, Any] = field(default_factory=dict)
+    before: str = ""
 
     @property
     def last_step(self) -> int:

@@ -200,7 +200,7 @@ def _machine() -> list[str]:
 
 def cache_file(job: JobConfig, question: dict[str, Any]) -> Path:
     """Where the answer to `question` is kept."""
-    return Path(job.storage) / "cache" / "models" / f"{fingerprint(question)}.json"
+    return job.storage_folder / "cache" / "models" / f"{fingerprint(question)}.json"
 
 
 def _read(file: Path) -> ModelFacts | None:

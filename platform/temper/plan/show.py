@@ -200,7 +200,7 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
         else f"layers {stage.first_layer} to {last} ({first_name} … {last_name})"
     )
     cost = "measured time" if plan.job.parallel.stages == "measured" else "cost"
-    sends = f", sends {_size(stage.sent_bytes)} a micro-batch" if stage.sent_bytes else ""
+    sends = f", sends {show_size(stage.sent_bytes)} a micro-batch" if stage.sent_bytes else ""
     return f"{which}, {stage.parameters:,} parameters, {stage.cost_share:.0%} of the {cost}{sends}"
 
 
@@ -369,7 +369,7 @@ def _cost(plan: Plan) -> Sequence[Row]:
     most = "at most " if plan.stages else ""
     return [
         ("compute", most + _compute(plan)),
-        ("memory", f"{most}{_size(memory.device_bytes)} on each rank's {plan.mesh.device}: {_parts(memory)}"),
+        ("memory", f"{most}{show_size(memory.device_bytes)} on each rank's {plan.mesh.device}: {_parts(memory)}"),
         *_host_row(memory),
         *_server_row(plan),
     ]
@@ -402,25 +402,26 @@ def _parts(memory: MemoryPlan) -> str:
         **({"masks": memory.masks} if memory.masks else {}),
         **({"teacher": memory.teacher} if memory.teacher else {}),
     }
-    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return ", ".join(f"{name} {show_size(size)}" for name, size in parts.items())
 
 
 def _host_row(memory: MemoryPlan) -> Sequence[Row]:
     if not memory.host_bytes:
         return []
-    parts = f"gradients {_size(memory.host_gradients)}, optimizer {_size(memory.host_optimizer_state)}"
-    parts += f", masks {_size(memory.host_masks)}" if memory.host_masks else ""
-    return [("host memory", f"{_size(memory.host_bytes)} beside each rank: {parts}")]
+    parts = f"gradients {show_size(memory.host_gradients)}, optimizer {show_size(memory.host_optimizer_state)}"
+    parts += f", masks {show_size(memory.host_masks)}" if memory.host_masks else ""
+    return [("host memory", f"{show_size(memory.host_bytes)} beside each rank: {parts}")]
 
 
 def _server_row(plan: Plan) -> Sequence[Row]:
     if plan.job.parallel.mode != "parameter_server":
         return []
     masks = ", masks" if plan.memory.masks else ""
-    return [("server memory", f"{_size(plan.memory.server)} in each shard: weights{masks} and optimizer state")]
+    return [("server memory", f"{show_size(plan.memory.server)} in each shard: weights{masks} and optimizer state")]
 
 
-def _size(size: int) -> str:
+def show_size(size: int) -> str:
+    """Bytes, e.g. `1.5 GiB`."""
     for unit, factor in _UNITS:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"

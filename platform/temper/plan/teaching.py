@@ -57,7 +57,7 @@ def plan_teaching(
         raise JobError(cut)
     rows = job.distill.teacher_batch or min(batch.micro_batch, _MOST_ROWS)
     evaluation = (
-        Path(job.storage) / "teachers" / f"{fingerprint(_evaluation_recipe(job, data, teachers, sources))}.json"
+        job.storage_folder / "teachers" / f"{fingerprint(_evaluation_recipe(job, data, teachers, sources))}.json"
     )
     plan = DistillPlan(tuple(teachers), tuple(facts), pairs, rows, cache=None, evaluation=evaluation)
     return plan if job.distill.cache == "none" else replace(plan, cache=_plan_cache(job, data, mesh, sources, plan))
@@ -198,7 +198,7 @@ def _plan_cache(
     key = fingerprint(recipe)
     return CachePlan(
         key=key,
-        folder=Path(job.storage) / "teachers" / key,
+        folder=job.storage_folder / "teachers" / key,
         recipe=recipe,
         views=_num_views(job),
         top_k=distill.top_k,

@@ -71,7 +71,7 @@ class RefusedError(Exception):
 
 def tracking_uri(job: JobConfig) -> str:
     """`tracking.uri`, else the default of the job's storage."""
-    return storage_uri(Path(job.storage), job.tracking.uri)
+    return storage_uri(job.storage_folder, job.tracking.uri)
 
 
 def storage_uri(storage: Path, configured: str | None = None) -> str:
@@ -131,8 +131,18 @@ def _alone(uri: str) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------- opening, closing
 
 
-def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, command: str) -> str:
-    """Create the run of `plan`, or go on with run `run_id`; return the run's id.
+def open_run(
+    uri: str,
+    plan: Plan,
+    *,
+    run_id: str | None = None,
+    job_yaml: str,
+    command: str,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Create the run of `plan`, or go on with run `run_id`; return the run's id. A new one has the job's name unless
+    another is given, and the `tags`.
 
     Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
     that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
@@ -142,7 +152,7 @@ def open_run(uri: str, plan: Plan, *, run_id: str | None = None, job_yaml: str, 
         client = build_client(uri)
         run = _find_run(client, run_id) if run_id else None
         if run is None:
-            run = _create_run(client, uri, plan)
+            run = _create_run(client, uri, plan, name or plan.job.name, tags or {})
         client.update_run(run.info.run_id, status="RUNNING")
         _log_description(client, run, plan, job_yaml=job_yaml, command=command)
     except Exception as error:  # which one depends on the store: MlflowException, sqlalchemy's, requests', OSError
@@ -223,9 +233,45 @@ def _find_run(client: MlflowClient, run_id: str) -> Run | None:
     return run
 
 
-def _create_run(client: MlflowClient, uri: str, plan: Plan) -> Run:
+def open_sweep(
+    uri: str, job: JobConfig, *, run_id: str | None, name: str, tags: Mapping[str, str], texts: Mapping[str, str]
+) -> str:
+    """Create the parent run of a sweep over `job`, or go on with run `run_id`; return the run's id. `texts` are its
+    artifacts. Raises RunError as :func:`open_run`."""
+    try:
+        client = build_client(uri)
+        run = _find_run(client, run_id) if run_id else None
+        if run is None:
+            experiment_id = _experiment_id(client, job.tracking.experiment, _artifact_root(uri, job))
+            known = {"mlflow.user": _user(), "mlflow.source.name": "temper", "mlflow.source.type": "LOCAL"}
+            run = client.create_run(experiment_id, tags={**known, **tags}, run_name=name)
+            for path, text in texts.items():
+                client.log_text(run.info.run_id, redact_yaml(text) if path.endswith(".yaml") else text, path)
+        client.update_run(run.info.run_id, status="RUNNING")
+    except Exception as error:  # as in open_run
+        raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {first_line(error)}") from error
+    return str(run.info.run_id)
+
+
+def log_results(uri: str, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    """Sets final metrics and tags of a run. Raises RunError where the store does not take them."""
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    try:
+        build_client(uri).log_batch(
+            run_id,
+            metrics=[Metric(metric_name(name), float(value), now, 0) for name, value in metrics.items()],
+            tags=[RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()],
+            synchronous=True,
+        )
+    except Exception as error:  # as in open_run
+        raise RunError(f"tracking.uri: {redact_text(uri)} does not take results: {first_line(error)}") from error
+
+
+def _create_run(client: MlflowClient, uri: str, plan: Plan, name: str, tags: Mapping[str, str]) -> Run:
     experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
-    return client.create_run(experiment_id, tags={"mlflow.user": _user()}, run_name=plan.job.name)
+    return client.create_run(experiment_id, tags={"mlflow.user": _user(), **tags}, run_name=name)
 
 
 def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -> str:
@@ -250,7 +296,7 @@ def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -
 def _artifact_root(uri: str, job: JobConfig) -> str | None:
     """Beside the database for SQLite (MLflow's default is `./mlruns`, wherever that is); a server knows its own."""
     if uri.startswith("sqlite:///"):
-        return str(Path(job.storage).absolute() / "artifacts")
+        return str(job.storage_folder.absolute() / "artifacts")
     return None
 
 

@@ -35,6 +35,7 @@ from temper.techniques.distill.cache_files import (
     Tally,
     join_tallies,
     map_columns,
+    fetch_cache,
     open_manifest,
     write_columns,
 )
@@ -138,6 +139,7 @@ class CachedSignals:
     """
 
     def __init__(self, plan: CachePlan, pairs: Sequence[FeaturePair] = ()) -> None:
+        fetch_cache(plan.folder)
         manifest = open_manifest(plan)
         self._plan, self._pairs = plan, tuple(pairs)
         self._train, self._test = (_MappedSplit(plan.folder, manifest, split) for split in ("train", "test"))

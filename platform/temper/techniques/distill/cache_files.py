@@ -30,6 +30,7 @@ import numpy.typing as npt
 from temper.errors import RunError
 from temper.files import read_json, write_json
 from temper.plan.distill import CachePlan
+from temper.remote_store import fetch_parts, publish_parts
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
@@ -277,6 +278,20 @@ def open_manifest(plan: CachePlan) -> dict[str, Any]:
         if not file.is_file() or file.stat().st_size != part["size"]:
             raise RunError(f"{file} is missing or damaged; run the job again, and it is computed anew")
     return dict(manifest)
+
+
+def fetch_cache(folder: Path) -> None:
+    """Where the storage is a bucket: brings what this machine lacks of a complete cache, if that is there."""
+    fetch_parts(folder / MANIFEST, _part_digests)
+
+
+def publish_cache(folder: Path) -> None:
+    """Where the storage is a bucket: brings a complete cache there, unless it is there."""
+    publish_parts(folder / MANIFEST, _part_digests(read_json(folder / MANIFEST)))
+
+
+def _part_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    return {part["name"]: part["sha256"] for part in manifest["parts"]}
 
 
 def _recipe(plan: CachePlan) -> dict[str, Any]:

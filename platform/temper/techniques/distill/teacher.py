@@ -37,6 +37,7 @@ from temper.plan.distill import DistillPlan, FeaturePair, Teacher
 from temper.plan.facts import DataFacts
 from temper.precision.accumulation import arithmetic
 from temper.precision.device import apply_product_precision
+from temper.remote_store import fetch_phase
 from temper.run_folder import PHASE_MANIFEST
 from temper.targets import apply_target_folders
 from temper.techniques.distill.signals import Signals
@@ -206,6 +207,7 @@ def _open_weights(teacher: Teacher) -> Weights:
         return SafetensorsWeights(teacher.place)
     folder = teacher.place
     if teacher.kind == "phase":
+        fetch_phase(folder)
         manifest = read_json(folder / PHASE_MANIFEST)
         if not isinstance(manifest, dict):
             raise CheckpointError(f"{folder} is not a complete phase: it has no {PHASE_MANIFEST}")

@@ -1,0 +1,208 @@
+"""One trial as the coordinator sees it: its results, handed to Ray Tune one by one, and its decisions, waited for."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from temper.launch.rungs import RungClock
+from temper.launch.sweep.ledger import Result
+from temper.plan.build import Plan
+from temper.plan.phases import PhasePlan
+from temper.tracking.history import Record
+
+Status = Literal["pending", "waiting", "running", "stopped", "finished", "failed", "diverged"]
+
+_PULL_S = 5.0  # longest wait in one call of Ray Tune's trial, which then calls again
+
+
+_PLACE = frozenset(("step", "phase", "phase_share", "phases_done", "place", "rung", "rung_time", "done"))
+
+
+class TrialStopped(Exception):
+    """Ray Tune, or the user, does not want the trial to go on now."""
+
+
+class TrialFailed(Exception):
+    """The trial cannot go on; `status` is `failed` or `diverged`."""
+
+    def __init__(self, status: Literal["failed", "diverged"], reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a trial is told when it asks for its next result: `wait` and ask again, a `result`, or that it is `over`."""
+
+    kind: Literal["wait", "result", "over"]
+    result: Result | None = None
+    status: Status = "running"
+    reason: str = ""
+
+
+class Mailbox:
+    """Results in order, one for each call of `pull`. Whoever puts a decisive one waits until Ray Tune asks for the next
+    one, which means that the trial goes on, or lets go of the trial."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._results: list[Result] = []
+        self._pulls = 0
+        self._stopping = False
+        self._over: Answer | None = None
+
+    @property
+    def results(self) -> list[Result]:
+        return list(self._results)
+
+    def put(self, result: Result, *, decisive: bool) -> None:
+        """Raises TrialStopped where Ray Tune has let go of the trial."""
+        with self._changed:
+            self._results.append(result)
+            place = len(self._results)
+            self._changed.notify_all()
+            if decisive:
+                self._changed.wait_for(lambda: self._stopping or self._pulls > place)
+            if self._stopping:
+                raise TrialStopped
+
+    def pull(self, number: int) -> Answer:
+        """Result `number`, from 0. To ask for it says that the trial goes on after the one before."""
+        with self._changed:
+            self._pulls = max(self._pulls, number + 1)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._results) > number or self._over is not None, _PULL_S)
+            if len(self._results) > number:
+                return Answer("result", self._results[number])
+            return self._over or Answer("wait")
+
+    def let_go(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping
+
+    def end(self, status: Status, reason: str = "") -> None:
+        with self._changed:
+            self._over = Answer("over", None, status, reason)
+            self._changed.notify_all()
+
+
+class Trial:
+    """A configuration, its plan, and how far it is."""
+
+    def __init__(
+        self, id: str, params: dict[str, Any], plan: Plan, clock: RungClock, decide: Literal["never", "rung", "phase"]
+    ) -> None:
+        self.id, self.params, self.plan, self._clock, self._decide = id, params, plan, clock, decide
+        self.status: Status = "pending"
+        self.reason = ""
+        self.is_concluded = False
+        """Whether Ray Tune has ended the trial."""
+        self.computed: list[str] = []
+        self.steps_run = 0
+        self.step = 0
+        self.phase = plan.phases[0].name
+        self.metrics: dict[str, float] = {}
+        self.rung = 0
+        self.begun_s = time.time()
+        self.seconds = 0.0
+        self.time_to_first_step_s: float | None = None
+        self.at_work = threading.Lock()
+        self._told_step = 0
+        self._bad_losses = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("stopped", "finished", "failed", "diverged")
+
+    def recall(self, results: Sequence[Result]) -> None:
+        """What an earlier attempt at the sweep was told of the trial."""
+        if results:
+            last = results[-1]
+            self.step, self.phase, self.rung = last["step"], last["phase"], last["rung"]
+            self.metrics = {name: value for name, value in last.items() if name not in _PLACE}
+
+    def decisive_steps(self) -> frozenset[int]:
+        """Steps of the job at which Ray Tune decides whether the trial goes on: at each rung the first evaluation, or
+        the end of each phase."""
+        if self._decide == "phase":
+            return frozenset(phase.last_step for phase in self.plan.phases[:-1])
+        steps: set[int] = set()
+        for phase in self.plan.phases if self._decide == "rung" else ():
+            passed = self._clock.rung(phase.name, 0.0)
+            for step in _evaluations(phase, self.plan.job.budget.evaluate_every):
+                rung = self._clock.rung(phase.name, _share(phase, step))
+                if rung > passed and step < self.plan.steps:
+                    steps.add(step)
+                passed = rung
+        return frozenset(steps)
+
+    def results_of(self, phase: PhasePlan, records: list[Record]) -> list[Result]:
+        """The results in these records that Ray Tune has not been told yet. Raises TrialFailed where the trial has
+        diverged."""
+        results = []
+        for record in records:
+            self._check_finite(record)
+            self.step, self.phase = max(self.step, record["step"]), phase.name
+            if record["step"] > self._told_step and any(name.startswith("eval/") for name in record["metrics"]):
+                self._told_step = record["step"]
+                results.append(self._result(phase, record))
+        return results
+
+    def _result(self, phase: PhasePlan, record: Record) -> Result:
+        share = _share(phase, record["step"])
+        rung = self._clock.rung(phase.name, share)
+        self.rung = max(self.rung, rung)
+        self.metrics = dict(record["metrics"])
+        self.metrics["parameters_left"] = parameters_left(self.plan, self.metrics)
+        return {
+            **self.metrics,
+            "step": record["step"],
+            "phase": phase.name,
+            "phase_share": share,
+            "phases_done": self.plan.phases.index(phase) + (share == 1.0),
+            "place": self.plan.phases.index(phase) + share,
+            "rung": rung,
+            "rung_time": self._clock.time(rung),
+            "done": record["step"] == self.plan.steps,
+        }
+
+    def _check_finite(self, record: Record) -> None:
+        """An evaluation that is not finite, or losses that stay so: with fp16 single ones belong to skipped steps."""
+        metrics = record["metrics"]
+        bad = [name for name, value in metrics.items() if name.startswith("eval/") and not math.isfinite(value)]
+        self._bad_losses = 0 if math.isfinite(metrics.get("train/loss", 0.0)) else self._bad_losses + 1
+        most = 20 if self.plan.job.precision.dtype == "fp16" else 1
+        if self._bad_losses >= most:
+            bad.append("train/loss")
+        if bad:
+            raise TrialFailed("diverged", f"step {record['step']}: {', '.join(bad)} is not finite")
+
+
+def _evaluations(phase: PhasePlan, every: int) -> list[int]:
+    """Steps of the phase, counted over the job, at which it is evaluated."""
+    inner = [step for step in range(phase.first_step + 1, phase.last_step) if every > 0 and step % every == 0]
+    return [*inner, phase.last_step]
+
+
+def _share(phase: PhasePlan, step: int) -> float:
+    return (step - phase.first_step) / phase.steps
+
+
+def parameters_left(plan: Plan, metrics: Mapping[str, float]) -> float:
+    """Parameters of the model less those that are exactly zero in the layers that the newest sparse phase pruned."""
+    pruned = sum(
+        metrics[f"sparsity/{weight.name}"] * math.prod(weight.shape)
+        for weight in plan.model.prunable
+        if f"sparsity/{weight.name}" in metrics
+    )
+    return float(plan.model.num_parameters - round(pruned))
