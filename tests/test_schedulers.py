@@ -213,14 +213,19 @@ def embedded_ray() -> Iterator[Any]:
 
 
 class Recorder(tune.Callback):
-    """Each trial's results, and the calls that its trainable had before each of them."""
+    """Each trial's results, by id; and the event is set at the first of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
         self.results: dict[str, list[dict[str, Any]]] = {}
         self.ended: list[str] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy of all that it is given
+
     def on_trial_result(self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         self.results.setdefault(trial.trial_id, []).append(dict(result))
+        self.event.set()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Trial, **_: Any) -> None:
         self.ended.append(trial.trial_id)
@@ -240,7 +245,7 @@ class WhenSet(tune.Stopper):
         return self.event.is_set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy of all that it is given
+        return {}
 
 
 def sweep(
@@ -250,14 +255,15 @@ def sweep(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     concurrency: int = 1,
-    event: threading.Event | None = None,
+    stop_early: bool = False,
     known: Sequence[Params] = (),
 ) -> Recorder:
     trials, _ = expand_trials(space)
     search = build_search(space, trials, known, concurrency)
     for name, value in tune_environment(space, search.num_samples).items():
         monkeypatch.setenv(name, value)
-    recorder = Recorder()
+    event = threading.Event()
+    recorder = Recorder(event)
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_RESOURCES),
         param_space=search.param_space,
@@ -273,7 +279,7 @@ def sweep(
             storage_path=str(folder),
             verbose=0,
             callbacks=[recorder],
-            stop=WhenSet(event or threading.Event()),
+            stop=WhenSet(event) if stop_early else None,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -435,7 +441,8 @@ def test_a_paused_trial_goes_on_from_its_checkpoint(
     # A bracket of two that run through, and one of two that are compared at the rung; the worse one is stopped there.
     assert {value: len(each) for value, each in results.items()} == {1: 4, 2: 4, 3: 3, 4: 4}
     assert [each["step"] for each in results[4]] == [1, 2, 3, 4]
-    assert results[4][3]["calls"] == ["reset_config", "load_checkpoint", "step"]
+    # In the actor of before, or in a new one: Tune keeps none while all trials are paused.
+    assert results[4][3]["calls"][-3:] in ([begin, "load_checkpoint", "step"] for begin in ("setup", "reset_config"))
     assert sum("load_checkpoint" in result["calls"] for each in results.values() for result in each) == 1
     assert len(recorder.ended) == 4
 
@@ -478,6 +485,7 @@ class Forking(Scripted):
 
     def next_result(self) -> dict[str, Any]:
         phases = self.phases_of(self.params)
+        self.done = min(self.done, len(phases))  # a fork may be of fewer phases than its source
         score = -sum(self.params.get(name, 0) for name in ("lr", "sparsity", "redense_rate", "second")[: self.done])
         last = self.done == len(phases)
         return {"place": float(self.done), "eval/accuracy": score, "phases": phases[: self.done], "done": last}
@@ -507,8 +515,7 @@ def test_a_fork_goes_on_from_another_trials_phases(
             history[done - 1] for history in histories if len(history) >= done and history is not histories[trial]
         ]
         assert histories[trial][done][:done] in others
-        calls = recorder.in_order()[trial][done]["calls"]
-        assert calls == ["save_checkpoint", "reset_config", "load_checkpoint", "step"]
+        assert recorder.in_order()[trial][done]["calls"][-2:] == ["load_checkpoint", "step"]
     # Trials of one round end after three phases, and those of two, which wait for them there, go on.
     assert {len(history) for history in histories} == {3, 5}
     params = [result["params"] for results in recorder.in_order() for result in results]
@@ -536,7 +543,7 @@ def test_forks_are_the_same_whatever_runs_at_once(
 def test_tpe_ends_when_it_has_tried_a_small_space(
     embedded_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = {"value": {"kind": "choice", "values": [1, 2, 3, 4]}}
+    variables = {"value": {"kind": "choice", "values": [1, 2, 4, 3]}}
     space = make_space(variables, {"kind": "fifo"}, search={"kind": "tpe", "startup_trials": 2}, budget={"trials": 9})
     known = [{"value": 3}, {"value": 1}]
     recorder = sweep(space, None, Waiting, tmp_path, monkeypatch, known=known)
@@ -546,7 +553,5 @@ def test_tpe_ends_when_it_has_tried_a_small_space(
 
 @pytest.mark.ray
 def test_a_sweep_is_stopped_from_outside(embedded_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    event = threading.Event()
-    monkeypatch.setattr(Recorder, "on_trial_start", lambda self, iteration, trials, trial, **_: event.set())
-    recorder = sweep(Waiting.space, None, Waiting, tmp_path, monkeypatch, event=event)
+    recorder = sweep(Waiting.space, None, Waiting, tmp_path, monkeypatch, stop_early=True)
     assert sum(map(len, recorder.results.values())) < 16 and recorder.ended == []

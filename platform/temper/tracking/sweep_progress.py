@@ -511,5 +511,6 @@ def winner_lines(
     kept = str(storage) if "://" in str(storage) else str(Path(storage).absolute())
     submit = ["ray", "job", "submit", "--address", address, "--working-dir", os.path.relpath(root, here)]
     submit += ["--runtime-env-json", json.dumps(environment), "--", "python", "-m", "temper", "train"]
-    submit += [str(job.relative_to(root)), *overrides, f"storage={kept}", "--address", "auto"]
+    others = [override for override in overrides if not override.startswith("storage=")]
+    submit += [str(job.relative_to(root)), *others, f"storage={kept}", "--address", "auto"]
     return shlex.join(["temper", "train", local, *overrides]), shlex.join(submit)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -142,22 +142,25 @@ class Coordinator:
 
         Raises RunError where that fails.
         """
-        plan = self._spec.plan_trial(first, "shared")
-        if all(is_trained(teacher) for teacher in teachers_of(plan)):
+        plan = replace(self._spec.plan_trial(first, "shared"), place=f"{self._spec.place}/shared")
+        shared = shared if self._spec.space.reuse else 0
+        teaching = teaching and self._spec.space.reuse
+        if not teaching or all(is_trained(teacher) for teacher in teachers_of(plan)):
             self._pool.begin(shape, self._spec.concurrency)
-        if not self._spec.space.reuse or not (shared or teaching):
-            return
-        plan = replace(plan, place=f"{self._spec.place}/shared")
         try:
-            with self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted) as watcher:
-                if teaching:
+            if teaching:
+                with self._watch_shared(plan) as watcher:
                     self._runner.teach(plan, self._spec.import_folders, watcher)
+                self._pool.begin(shape, self._spec.concurrency)
             if shared:
                 plan = truncated(plan, plan.phases[shared - 1])
-                with self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted) as watcher:
+                with self._watch_shared(plan) as watcher:
                     self._runner.complete(plan, self._spec.import_folders, watcher)
         except Cancelled:
             return
+
+    def _watch_shared(self, plan: Plan) -> AbstractContextManager[Watcher]:
+        return self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted, is_counted=True)
 
     def view(self) -> tuple[SweepView, list[str]]:
         """What there is to be shown, and what was said since the last call."""
@@ -361,9 +364,12 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------- what trials need
 
     @contextmanager
-    def _watch_run(self, plan: Plan, name: str, tags: dict[str, str], cancelled: Any) -> Iterator[Watcher]:
-        """A run beside the trials: tracked from when it begins to compute."""
-        watcher = _RunWatcher(self, plan, lambda: self._tracking.begin(plan, name, tags), cancelled)
+    def _watch_run(
+        self, plan: Plan, name: str, tags: dict[str, str], cancelled: Callable[[], bool], *, is_counted: bool = False
+    ) -> Iterator[Watcher]:
+        """A run beside the trials: tracked from when it begins to compute. `is_counted`: its phases are the trials'."""
+        note = self if is_counted else None
+        watcher = _RunWatcher(note, plan, lambda: self._tracking.begin(plan, name, tags), cancelled)
         status: RunStatus = "FAILED"
         try:
             yield watcher
@@ -375,7 +381,7 @@ class Coordinator:
             if watcher.has_begun:
                 self._tracking.end(plan, status, {})
 
-    def _watch_teacher(self, plan: Plan, student: Watcher) -> Any:
+    def _watch_teacher(self, plan: Plan, student: Watcher) -> AbstractContextManager[Watcher]:
         return self._watch_run(plan, f"teacher {plan.job.name}", {"temper.kind": "teacher"}, student.is_cancelled)
 
     def _has_room(self, shapes: list[GroupShape]) -> bool:
@@ -465,7 +471,13 @@ class Coordinator:
 class _RunWatcher(Watcher):
     """Writes the histories of a run beside the trials."""
 
-    def __init__(self, coordinator: Coordinator, plan: Plan, begin: Any, cancelled: Any) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator | None,
+        plan: Plan,
+        begin: Callable[[], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
         self._coordinator, self._begin, self._cancelled = coordinator, begin, cancelled
         self._histories = Histories(phase_histories(plan))
         self._plan = plan
@@ -487,14 +499,15 @@ class _RunWatcher(Watcher):
     def store(self, phase: str, records: Records) -> Records:
         """The records that are new."""
         new = self._histories.append(phase, records)  # type: ignore[arg-type]
-        if new:
+        if new and self._coordinator is not None:
             first = next(each.first_step for each in self._plan.phases if each.name == phase)
             self._coordinator.note_steps(new[-1]["step"] - max(first, self._step))
             self._step = new[-1]["step"]
         return new  # type: ignore[return-value]
 
     def computed(self, phase: PhasePlan) -> None:
-        self._coordinator.note_computed(phase, None)
+        if self._coordinator is not None:
+            self._coordinator.note_computed(phase, None)
 
 
 class _TrialWatcher(_RunWatcher):
@@ -502,7 +515,7 @@ class _TrialWatcher(_RunWatcher):
 
     def __init__(self, coordinator: Coordinator, trial: Trial, mailbox: Mailbox) -> None:
         super().__init__(coordinator, trial.plan, lambda: None, lambda: mailbox.is_stopping)
-        self._trial, self.mailbox = trial, mailbox
+        self._sweep, self._trial, self.mailbox = coordinator, trial, mailbox
         self.decisive = trial.decisive_steps()
         self.last: dict[str, Any] | None = None
         self.failure: TrialFailed | None = None
@@ -530,7 +543,7 @@ class _TrialWatcher(_RunWatcher):
         return self.failure is not None or self.is_cancelled()
 
     def computed(self, phase: PhasePlan) -> None:
-        self._coordinator.note_computed(phase, self._trial)
+        self._sweep.note_computed(phase, self._trial)
 
     def _tell_results(self, phase: PhasePlan, records: Records) -> None:
         for result in self._trial.results_of(phase, records):  # type: ignore[arg-type]
@@ -540,5 +553,5 @@ class _TrialWatcher(_RunWatcher):
                 self.put(result)
 
     def put(self, result: dict[str, Any]) -> None:
-        self._coordinator.note_result(self._trial, result)
+        self._sweep.note_result(self._trial, result)
         self.mailbox.put(result, decisive=result["step"] in self.decisive)

@@ -67,6 +67,10 @@ class WorkerGroup:
         self._thread.start()
 
     @property
+    def is_closing(self) -> bool:
+        return self._closing
+
+    @property
     def is_ready(self) -> bool:
         """Whether its ranks are up and take tasks."""
         return self.token != "" and self.ended is None and not self._closing
@@ -166,10 +170,16 @@ class Pool:
         return sum(group.ended is None for group in self._groups.values())
 
     def begin(self, shape: GroupShape, count: int) -> None:
-        """Starts groups before they are needed."""
+        """Starts groups before they are needed, until there are `count` of this shape or there is no room for more.
+        Idle ones of other shapes are let go."""
         with self._changed:
-            for _ in range(count):
-                self._start(shape)
+            for group in self._alive():
+                if group.shape != shape and group.number not in self._busy:
+                    group.close()
+            missing = count - sum(group.shape == shape for group in self._alive())
+            for _ in range(missing):
+                if self._fits([*(group.shape for group in self._alive() if not group.is_closing), shape]):
+                    self._start(shape)
 
     @contextmanager
     def taken(self, shape: GroupShape, cancelled: Callable[[], bool]) -> Iterator[WorkerGroup]:
