@@ -77,7 +77,7 @@ def train_phase(storage: Path, steps: int = 4) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------- phases
+# --------------------------------------------------------------------------------------------------------------- phases
 
 
 def test_phase_of_one_machine_is_complete_on_another(address: str, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_forgotten_phase_is_gone_for_all(address: str, tmp_path: Path) -> None:
     assert bucket_of(folder).files("phases") == {}
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_checkpoint_of_ranks_on_two_machines(address: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_histories_of_machines_are_joined(address: str, tmp_path: Path) -> None:
     assert read_lines(here / HISTORY) == [*own, *records(4, 5)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def make_run(storage: Path, run_id: str, uri: str) -> Path:
@@ -242,9 +242,8 @@ def test_parts_come_with_their_manifest(address: str, tmp_path: Path) -> None:
     assert not there.exists()
     remote_store.publish_parts(here / "manifest.json", {"train/one": None})
     remote_store.fetch_parts(there / "manifest.json", digests)
-    assert (there / "train" / "one").read_text() == "one" and read_json(there / "manifest.json") == {
-        "parts": ["train/one"]
-    }
+    assert (there / "train" / "one").read_text() == "one"
+    assert read_json(there / "manifest.json") == {"parts": ["train/one"]}
 
 
 def test_parts_that_are_damaged_are_no_whole(address: str, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_refusal_names_the_remedy(refusing_server: str, monkeypatch: pytest.Monk
     assert "hidden-secret" not in str(problem) and "a-key" not in str(problem)
 
 
-# --------------------------------------------------------------------------------------------------------- there and back
+# ------------------------------------------------------------------------------------------------------- there and back
 
 
 def test_files_go_there_and_back(address: str, tmp_path: Path) -> None:
@@ -199,21 +199,21 @@ def test_service_that_fails_is_asked_again(tmp_path: Path, monkeypatch: pytest.M
     assert remote._try("key", answer) == b"content"
     assert delays == list(storage.RETRY_DELAYS_S)
     answers = iter([OSError("AWS Error NO_SUCH_BUCKET during GetObject operation")])
-    with pytest.raises(RunError, match="NO_SUCH_BUCKET.*; make the bucket, or name another"):
+    with pytest.raises(RunError, match=r"NO_SUCH_BUCKET.*; make the bucket, or name another"):
         remote._try("key", answer)
     answers = iter([OSError("curlCode: 7, Could not connect to server")] * 3)
-    with pytest.raises(RunError, match="key: curlCode: 7, .* check the network"):
+    with pytest.raises(RunError, match=r"key: curlCode: 7, .* check the network"):
         remote._try("key", answer)
 
 
-# ---------------------------------------------------------------------------------------------------------------- claims
+# --------------------------------------------------------------------------------------------------------------- claims
 
 
 def test_claim_holds_off_other_machines_until_it_ends(address: str, tmp_path: Path) -> None:
     here, there = machine(address, tmp_path / "a"), machine(address, tmp_path / "b")
     with remotely_claimed(here.folder / "phases" / "0a.lock", "dense of digits"):
         with (
-            pytest.raises(HeldError, match="dense of digits is being run on another machine .*process"),
+            pytest.raises(HeldError, match=r"dense of digits is being run on another machine .*process"),
             remotely_claimed(there.folder / "phases" / "0a.lock", "dense of digits"),
         ):
             pass

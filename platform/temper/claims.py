@@ -34,6 +34,8 @@ DEAD_S = 30.0
 _TICK_S = 0.25
 _POLL_S = 2.0
 _BORN, _SEEN = ".born", ".seen"
+_CLAIMS = "claims"
+_CLOCK = f"{_CLAIMS}/clock"  # written to learn what time it is there
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def remotely_claimed(path: Path, what: str) -> Iterator[None]:
     if remote is None:
         yield
         return
-    claim = Claim(remote, f"claims/{remote.key(path.with_suffix(''))}")
+    claim = Claim(remote, f"{_CLAIMS}/{remote.key(path.with_suffix(''))}")
     with claim.held(what):
         yield
 
@@ -150,6 +152,21 @@ def read_holders(objects: Mapping[str, Stored]) -> dict[str, Holder]:
         name: Holder(name, stored.time_ns, max(stored.time_ns, seen.get(name, stored).time_ns))
         for name, stored in born.items()
     }
+
+
+def claimed_keys(remote: Remote) -> frozenset[str]:
+    """The keys, without `.lock`, on which there is a claim that is alive."""
+    remote.write(_CLOCK, b"")
+    objects = remote.files(_CLAIMS)
+    prefixes = {key.rpartition("/")[0] for key in objects if key.endswith(_BORN)}
+    holders = {
+        prefix: read_holders({key: stored for key, stored in objects.items() if key.startswith(f"{prefix}/")})
+        for prefix in prefixes
+    }
+    now_ns = objects[_CLOCK].time_ns
+    return frozenset(
+        prefix.removeprefix(f"{_CLAIMS}/") for prefix, known in holders.items() if alive_at(now_ns, known.values())
+    )
 
 
 def alive_at(now_ns: int, holders: Iterable[Holder]) -> list[Holder]:

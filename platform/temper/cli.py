@@ -22,7 +22,6 @@ from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_J
 from temper.storage import storage_folder
 
 if TYPE_CHECKING:
-    from temper.export import Product
     from temper.launch.teacher_runs import TeacherResult
     from temper.launch.train import PhaseResult
 
@@ -297,7 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_job_command(commands, "plan", _plan, "what will happen, and what it costs")
     train = _add_job_command(commands, "train", _train, "train a job; reuses what is finished, resumes what was broken")
-    sweep = _add_job_command(commands, "sweep", _sweep, "run many trials of a job; goes on with a sweep that was broken")
+    sweep = _add_job_command(
+        commands, "sweep", _sweep, "run many trials of a job; goes on with a sweep that was broken"
+    )
     verify = _add_job_command(
         commands, "verify", _verify, "prove that this topology computes what one process computes"
     )

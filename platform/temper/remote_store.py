@@ -256,6 +256,15 @@ def fetch_run(run_id: str, storage: Path) -> Path | None:
     return folder
 
 
+def fetch_outlines(storage: Path) -> None:
+    """Brings what says which jobs the runs and phases are that the bucket has and this machine has not."""
+    remote = remote_of(storage)
+    if remote is not None:
+        names = {f"/{name}" for name in (JOB, PLAN, RUN)}
+        keys = [key for key in remote.files(remote.key(storage)) if key[key.rfind("/") :] in names]
+        remote.pull({key: None for key in keys if not (remote.folder / key).exists()})
+
+
 def fetch_run_record(folder: Path) -> None:
     """`run.json` of a run that another machine has begun; not where that tracks into a file of its own."""
     remote = remote_of(folder)
@@ -289,7 +298,9 @@ def fetch_parts(manifest: Path, digests_of: Callable[[Any], Mapping[str, str | N
     folder = manifest.parent
     with _alone(folder):
         known = read_json(manifest) or remote.read_json(remote.key(manifest))
-        digests = {} if known is None else digests_of(known)
+        if known is None:
+            return
+        digests = digests_of(known)
         lacking = {name: digest for name, digest in digests.items() if not (folder / name).exists()}
         if remote.pull({remote.key(folder / name): digest for name, digest in lacking.items()}) is None:
             fetch(manifest)

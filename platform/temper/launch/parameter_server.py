@@ -111,8 +111,9 @@ class Crew:
             self.add(number)
 
     def add(self, number: int) -> None:
-        on_gpu = self._spec.plan.mesh.device == "cuda"
-        worker = ray.remote(num_cpus=self._spec.plan.job.parallel.cpus_per_worker, num_gpus=int(on_gpu))(WorkerActor)
+        parallel, on_gpu = self._spec.plan.job.parallel, self._spec.plan.mesh.device == "cuda"
+        share = parallel.gpus_per_worker if on_gpu else 0
+        worker = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=share)(WorkerActor)
         self.workers[number] = WorkerHandle(worker.remote(self._spec, number, self.shards))
         self.workers[number].ask("prepare")
 

@@ -21,7 +21,7 @@ from temper.locks import HeldError, claimed, is_held, shared
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.products import damage, read_phase
-from temper.remote_store import fetch_history, fetch_phase, forget_phase, mend_phase, publish_phase
+from temper.remote_store import fetch_history, fetch_phase, forget_phase, mend_phase, publish, publish_phase
 from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST, USED
 from temper.tracking.history import History, last_step
 
@@ -85,6 +85,7 @@ def _mark_used(folder: Path) -> None:
     # A storage that cannot be written has no phases removed.
     with contextlib.suppress(OSError):
         (folder / USED).touch()
+        publish([folder / USED])
 
 
 def _discard(folder: Path, what: str, say: Say) -> None:
@@ -157,6 +158,8 @@ def remove_phase(folder: Path) -> None:
     with ExitStack() as stack:
         for lock in _locks(folder):
             stack.enter_context(claimed(lock, f"phase {folder.name[:10]}"))
+        stack.enter_context(remotely_claimed(_lock(folder), f"phase {folder.name[:10]}"))
+        forget_phase(folder)
         (folder / PHASE_MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 

@@ -29,8 +29,8 @@ from temper.techniques.distill.cache_files import (
     Cut,
     Piece,
     complete_cache,
-    fetch_cache,
     damaged_parts,
+    fetch_cache,
     missing_pieces,
     open_manifest,
     plan_cut,
@@ -153,7 +153,7 @@ def _ask(plan: Plan, import_folders: Sequence[str], pieces: Sequence[Piece]) -> 
             _process_of(plan, tuple(import_folders)),
             compute=askers,
             num_cpus=plan.job.parallel.cpus_per_worker,
-            num_gpus=1 if on_gpu else None,
+            num_gpus=plan.job.parallel.gpus_per_worker if on_gpu else None,
         ).take_all()
     except RayError as error:
         raise RunError(f"a process that asked the teacher was lost: {error}; run the job again") from error
@@ -165,8 +165,11 @@ def _free_places(plan: Plan) -> int:
     import ray
 
     free = ray.available_resources()
-    places = free.get("CPU", 0.0) / plan.job.parallel.cpus_per_worker
-    return max(int(min(places, free.get("GPU", 0.0)) if plan.mesh.device == "cuda" else places), 1)
+    parallel = plan.job.parallel
+    places = free.get("CPU", 0.0) / parallel.cpus_per_worker
+    if plan.mesh.device == "cuda":
+        places = min(places, free.get("GPU", 0.0) / parallel.gpus_per_worker)
+    return max(int(places), 1)
 
 
 def _process_of(plan: Plan, import_folders: tuple[str, ...]) -> type:

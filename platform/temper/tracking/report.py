@@ -27,7 +27,8 @@ from temper.files import read_json
 from temper.plan.distill import FeaturePair
 from temper.plan.phases import library_versions
 from temper.plan.show import describe_level, describe_soft_targets
-from temper.run_folder import HISTORY, JOB, PHASE_MANIFEST, PLAN, RUN, WEIGHTS
+from temper.products import find_storage, run_name
+from temper.run_folder import HISTORY, JOB, PHASE_MANIFEST, PHASES, PLAN, RUN, WEIGHTS
 from temper.techniques.dsd.summary import LEVELS
 from temper.tracking.figures import PhaseData, Round, draw_figures, rounds, short_name
 from temper.tracking.history import read_history
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
-_PHASES = "phases"
 _TEACHER = "teacher/"  # what the names of the teacher's metrics on the student's test split begin with
 _PAIRS = TypeAdapter(list[FeaturePair])
 _CAPTIONS = {
@@ -138,10 +138,10 @@ def log_plots(uri: str, run_id: str, plan: Plan) -> bool:
 
 def _read_run(folder: Path) -> _Run:
     plan = read_json(folder / PLAN)
-    if plan is None or folder.parent.name == _PHASES:
+    if plan is None or folder.parent.name == PHASES:
         remedy = "give a run's id, or its folder in the storage"
         raise JobError([Problem("RUN", str(folder), "is not a run's folder", remedy)])
-    folders = [folder.parent / _PHASES / phase["fingerprint"] for phase in plan["phases"]]
+    folders = [find_storage(folder) / PHASES / phase["fingerprint"] for phase in plan["phases"]]
     return _Run(
         folder=folder,
         plan=plan,
@@ -149,7 +149,7 @@ def _read_run(folder: Path) -> _Run:
         run_id=(read_json(folder / RUN) or {}).get("run_id", ""),
         phases=[_read_phase(phase, place) for phase, place in zip(plan["phases"], folders, strict=True)],
         manifests=[read_json(place / PHASE_MANIFEST) or {} for place in folders],
-        computed_by=[Path((read_json(place / PLAN) or plan)["run_folder"]).name for place in folders],
+        computed_by=[run_name(read_json(place / PLAN) or plan) for place in folders],
     )
 
 
@@ -251,7 +251,7 @@ def _phase_table(run: _Run) -> str:
     rows = []
     for index, phase in enumerate(run.phases):
         manifest, item = run.manifests[index], plans[index]
-        own = run.computed_by[index] == run.folder.name
+        own = run.computed_by[index] == run_name(run.plan)
         values = [phase.metrics.get(name) for name in metrics]
         rows.append(
             [

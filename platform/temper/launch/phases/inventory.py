@@ -90,9 +90,45 @@ class StoredPhase:
 
 
 def read_store(storage: Path) -> list[StoredPhase]:
-    """Every phase in the storage, complete or not."""
+    """Every phase in the storage, complete or not; of a bucket, those that are there, wherever they are besides."""
+    remote = remote_of(storage)
+    if remote is not None:
+        fetch_outlines(storage)
+        return _used_through(_read_bucket(remote, storage))
     folders = sorted(path for path in (storage / PHASES).glob("*") if path.is_dir())
     return _used_through([_read_stored(folder) for folder in folders])
+
+
+def _read_bucket(remote: Remote, storage: Path) -> list[StoredPhase]:
+    objects, claimed = by_folder(remote.files(remote.key(storage / PHASES))), claimed_keys(remote)
+    return [
+        _read_remote(remote, storage / PHASES / name, objects[name], remote.key(storage / PHASES / name) in claimed)
+        for name in sorted(objects)
+    ]
+
+
+def by_folder(objects: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """The objects of each folder right below their common one, by their paths in it."""
+    level = PHASES.count("/") + 1
+    found: dict[str, dict[str, Stored]] = {}
+    return found
+
+
+def _read_remote(remote: Remote, folder: Path, objects: Mapping[str, Stored], is_claimed: bool) -> StoredPhase:
+    plan = read_json(folder / PLAN) or {}
+    manifest = remote.read_json(remote.key(folder / PHASE_MANIFEST)) if PHASE_MANIFEST in objects else None
+    sizes = {name: stored.bytes for name, stored in objects.items()}
+    is_whole = manifest is not None and all(sizes.get(name) == of["bytes"] for name, of in manifest["files"].items())
+    return StoredPhase(
+        folder=folder,
+        plan=plan,
+        chain=chain_to(plan, folder.name),
+        manifest=manifest if is_whole else None,
+        bytes=sum(sizes.values()),
+        used_s=max(stored.time_ns for stored in objects.values()) / 1e9,
+        computed_s=objects[PHASE_MANIFEST].time_ns / 1e9 if PHASE_MANIFEST in objects else None,
+        in_use=is_claimed or is_in_use(folder),
+    )
 
 
 def _read_stored(folder: Path) -> StoredPhase:

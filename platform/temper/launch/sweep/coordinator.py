@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from temper.config.space_load import shown_params, trial_overrides
 from temper.errors import JobError, RunError
 from temper.files import read_json, write_json
 from temper.launch.forks import fork_params
-from temper.launch.phase_store import is_complete
+from temper.launch.phase_store import is_complete, keep_phase
 from temper.launch.rungs import RungClock
 from temper.launch.sweep.ledger import LEDGER, Ledger, LedgerTrial, find_trial, params_key
 from temper.launch.sweep.phase_runs import PhaseRunner, Watcher, truncated
@@ -37,6 +37,7 @@ from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
 from temper.run_folder import PHASE_MANIFEST, RUN
+from temper.storage import storage_folder
 from temper.tracking.history import Histories, phase_histories, read_history
 from temper.tracking.mlflow_store import RunStatus, open_sweep
 from temper.tracking.sweep_progress import SweepView, TrialView
@@ -61,7 +62,7 @@ class SweepSpec:
     space: SpaceConfig
     job_file: Path
     overrides: tuple[str, ...]
-    storage: Path
+    storage: str
     place: str
     uri: str
     cluster: ClusterShape
@@ -75,7 +76,7 @@ class SweepSpec:
 
     @property
     def folder(self) -> Path:
-        return self.storage / self.place
+        return storage_folder(self.storage) / self.place
 
     @property
     def decide(self) -> Literal["never", "rung", "phase"]:
@@ -87,9 +88,9 @@ class SweepSpec:
         """The ordinary job that a trial is. Raises JobError."""
         overrides = [*trial_overrides(self.space, params), *self.overrides]
         job = load_job(self.job_file, overrides)
-        storage = self.storage if self.space.reuse else self.folder / "alone" / trial
+        storage = self.storage if self.space.reuse else str(self.folder / "alone" / trial)
         tracking = job.tracking.model_copy(update={"uri": self.uri})
-        return job.model_copy(update={"storage": str(storage), "tracking": tracking})
+        return job.model_copy(update={"storage": storage, "tracking": tracking})
 
     def plan_trial(self, params: Params, trial: str) -> Plan:
         plan = plan_job(self.trial_job(params, trial), self.cluster, self.job_file.parent)
@@ -105,6 +106,7 @@ class Coordinator:
         self._runner = PhaseRunner(self._pool, self._watch_teacher, self._say)
         self._ledger = Ledger(spec.folder / LEDGER)
         self._tracking = SweepTracking(spec.uri, self._open_parent, spec.command)
+        self._kept = ExitStack()
         self._lock = threading.RLock()
         self._trials: dict[str, Trial] = {}
         self._sessions: dict[str, tuple[str, Mailbox]] = {}
@@ -156,6 +158,9 @@ class Coordinator:
                 plan = truncated(plan, plan.phases[shared - 1])
                 with self._watch_shared(plan) as watcher:
                     self._runner.complete(plan, self._spec.import_folders, watcher)
+                for phase in plan.phases:
+                    # Between two trials nobody else would.
+                    keep_phase(plan.phase_folder(phase), self._kept)
         except Cancelled:
             return
 
@@ -192,8 +197,7 @@ class Coordinator:
     def recall(self, known: LedgerTrial) -> None:
         """Takes note of a trial that ended in an earlier attempt at the sweep."""
         trial, _ = self._find(known.params)
-        trial.status, trial.reason = known.end, known.reason  # type: ignore[assignment]
-        trial.recall(known.results)
+        trial.recall(known)
 
     def finish(self) -> dict[str, Any]:
         """Once Ray Tune has ended: lets the workers go and completes the tree in MLflow. Returns what became of the
@@ -304,7 +308,7 @@ class Coordinator:
 
     def _train(self, trial: Trial, mailbox: Mailbox) -> None:
         watcher = _TrialWatcher(self, trial, mailbox)
-        trial.begun_s = time.time()
+        trial.begin()
         self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
         try:
             self._runner.complete(trial.plan, self._spec.import_folders, watcher)
@@ -323,7 +327,7 @@ class Coordinator:
             reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             self._fail(trial, mailbox, "failed", reason)
         finally:
-            trial.seconds += time.time() - trial.begun_s
+            trial.pause()
 
     def _leave(self, trial: Trial, watcher: _TrialWatcher) -> None:
         if watcher.failure is not None:
@@ -336,12 +340,13 @@ class Coordinator:
 
     def _fail(self, trial: Trial, mailbox: Mailbox, status: Literal["failed", "diverged"], reason: str) -> None:
         self._end(trial, status, reason)
-        self._say(f"{trial.id} {status}: {reason}")
         mailbox.end(status, reason)
 
     def _end(self, trial: Trial, status: Literal["finished", "stopped", "failed", "diverged"], reason: str) -> None:
         trial.status, trial.reason = status, reason
-        self._ledger.add(trial.id, end=status, reason=reason)
+        trial.pause()
+        first = trial.time_to_first_step_s
+        self._ledger.add(trial.id, end=status, reason=reason, seconds=trial.seconds, time_to_first_step_s=first)
         tags = {"temper.trial.status": status, **({"temper.trial.reason": reason[:5000]} if reason else {})}
         self._tracking.end(trial.plan, _MLFLOW_STATUS[status], tags)
 
@@ -396,7 +401,7 @@ class Coordinator:
         known = read_json(file) or {}
         run_id = known.get("run_id") if known.get("uri") == spec.uri else None
         job = next(iter(self._trials.values())).plan.job if self._trials else load_job(spec.job_file, spec.overrides)
-        job = job.model_copy(update={"storage": str(spec.storage)})
+        job = job.model_copy(update={"storage": spec.storage})
         tags = {"temper.kind": "sweep", "temper.command": spec.command}
         run_id = open_sweep(spec.uri, job, run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
         write_json(file, {"uri": spec.uri, "run_id": run_id})
@@ -421,7 +426,6 @@ class Coordinator:
         return [phase for phase in phases if phase.fingerprint not in trial.computed]
 
     def _view_of(self, trial: Trial) -> TrialView:
-        now = trial.seconds + (0.0 if trial.is_over else time.time() - trial.begun_s)
         return TrialView(
             id=trial.id,
             params=shown_params(trial.params),
@@ -434,7 +438,7 @@ class Coordinator:
             metrics=dict(trial.metrics),
             phases_run=len(trial.computed),
             phases_reused=len(self._reused(trial)),
-            seconds=now,
+            seconds=trial.elapsed_s,
             reason=trial.reason,
         )
 
@@ -534,7 +538,7 @@ class _TrialWatcher(_RunWatcher):
         try:
             new = self.store(phase, records)
             if new and self._trial.time_to_first_step_s is None:
-                self._trial.time_to_first_step_s = new[0]["time_ms"] / 1000 - self._trial.begun_s
+                self._trial.time_to_first_step_s = new[0]["time_ms"] / 1000 - self._trial.began_s
             self._tell_results(next(each for each in self._trial.plan.phases if each.name == phase), new)
         except TrialFailed as error:
             self.failure = error

@@ -24,7 +24,7 @@ from temper.config.space import Params, SpaceConfig
 from temper.config.space_load import base_job, space_to_yaml, trial_overrides
 from temper.data.download import fetch_files
 from temper.errors import JobError, Problem, RunError, TemperError
-from temper.files import write_json
+from temper.files import read_json, write_json
 from temper.launch.cluster import RaySession, cluster_shape, node_rooms, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.ranking import best_trial, pareto_front
@@ -40,6 +40,7 @@ from temper.plan.distill import CachePlan
 from temper.plan.room import plan_concurrency, shape_of
 from temper.plan.space import all_phases, check_corners, rung_phases, share_cache, share_teachers, shared_phases
 from temper.run_folder import LOCK
+from temper.storage import absolute_storage, storage_folder
 from temper.tracking.mlflow_store import tracking_uri
 from temper.tracking.progress import DisplayMode
 from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_display, summary_table, winner_lines
@@ -47,7 +48,7 @@ from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_
 _LOOK_S = 0.3
 SPACE = "space.yaml"
 RESULT = "result.json"
-NOTHING_STARTED = "nothing was started"
+UNSTARTED = "left behind: nothing was started"
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,12 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
         stack.callback(display.close)
         for note in plan.notes:
             display.note(note)
-        outcome, audit = _run(plan, session, display)
-        return _conclude(plan, outcome, audit, time.perf_counter() - started, options, display)
+        known = read_ledger(spec.folder / LEDGER)
+        done = read_json(spec.folder / RESULT) if _is_over(plan, known) else None
+        if done is not None:
+            return _reused(spec, known, done, time.perf_counter() - started)
+        outcome, audit = _run(plan, known, session, display)
+        return _conclude(spec, outcome, audit, time.perf_counter() - started, display)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -138,15 +143,15 @@ def plan_sweep(
     """Checks the space, plans its corners, and lists its trials. Raises JobError with every problem found."""
     job_file = base_job(file, space)
     base = load_job(job_file, [*trial_overrides(space, {}), *overrides])
-    storage = Path(base.storage).absolute()
+    storage = absolute_storage(base.storage)
     if not session.is_embedded:
-        session.start(storage / "logs")
+        session.start(storage_folder(storage) / "logs")
     cluster = cluster_shape(options.address)
     folder = job_file.parent
 
     def plan_trial(params: Params) -> Plan:
         job = load_job(job_file, [*trial_overrides(space, params), *overrides])
-        return plan_job(job.model_copy(update={"storage": str(storage)}), cluster, folder)
+        return plan_job(job.model_copy(update={"storage": storage}), cluster, folder)
 
     corners = check_corners(space, plan_trial)
     trials, duplicates = _list_trials(space)
@@ -172,7 +177,7 @@ def plan_sweep(
         overrides=tuple(overrides),
         storage=storage,
         place=place,
-        uri=tracking_uri(base.model_copy(update={"storage": str(storage)})),
+        uri=tracking_uri(base.model_copy(update={"storage": storage})),
         cluster=cluster,
         import_folders=import_folders(folder),
         command=options.command,
@@ -253,14 +258,19 @@ def _forget(spec: SweepSpec) -> None:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def _run(plan: SweepPlan, session: RaySession, display: SweepDisplay) -> tuple[dict[str, Any], str]:
+def _is_over(plan: SweepPlan, known: Sequence[LedgerTrial]) -> bool:
+    """Whether every trial of the sweep has ended before."""
+    ended = {params_key(trial.params) for trial in known if trial.end}
+    if plan.trials is None or plan.spec.decide == "phase":
+        return len(ended) == len(known) > 0
+    return all(params_key(params) in ended for params in plan.trials)
+
+
+def _run(
+    plan: SweepPlan, known: Sequence[LedgerTrial], session: RaySession, display: SweepDisplay
+) -> tuple[dict[str, Any], str]:
     """What became of the trials, and what the audit says."""
     spec = plan.spec
-    known = read_ledger(spec.folder / LEDGER)
-    ended = {params_key(trial.params) for trial in known if trial.end}
-    if plan.trials is not None and all(params_key(params) in ended for params in plan.trials):
-        display.stage("all trials have ended before")
-        return _recall(spec, known), NOTHING_STARTED
     if session.is_embedded:
         for kind in {each.job.data.kind for each in plan.plans}:
             fetch_files(kind)
@@ -272,7 +282,7 @@ def _run(plan: SweepPlan, session: RaySession, display: SweepDisplay) -> tuple[d
     before = take_inventory()
     # By Ray Data, which would wait for the processors that the worker groups hold.
     for each in {each.data.fingerprint: each for each in plan.plans}.values():
-        ingest(each.job.data, each.data, spec.storage, display.stage)
+        ingest(each.job.data, each.data, each.job.storage_folder, display.stage)
     with _stop_on_signal(display) as stop:
         outcome = _with_coordinator(plan, known, stop, display)
     audit = before.left_behind()
@@ -373,26 +383,23 @@ def _stop_on_signal(display: SweepDisplay) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _recall(spec: SweepSpec, known: Sequence[LedgerTrial]) -> dict[str, Any]:
-    """The outcome of a sweep that is complete, from its ledger and the phase store."""
+def _reused(spec: SweepSpec, known: Sequence[LedgerTrial], done: dict[str, Any], seconds: float) -> SweepResult:
+    """A sweep that has come to its end: nothing is started."""
     coordinator = Coordinator(spec)
     for trial in known:
         coordinator.recall(trial)
-    return coordinator.finish()
+    view = coordinator.finish()["view"]
+    result = SweepResult(**{**done, "status": "reused", "seconds": seconds, "steps_run": 0, "left_behind": UNSTARTED})
+    return replace(result, summary=tuple(_summary(spec, view, result)))
 
 
 # ------------------------------------------------------------------------------------------------------------- the end
 
 
 def _conclude(
-    plan: SweepPlan,
-    outcome: dict[str, Any],
-    audit: str,
-    seconds: float,
-    options: SweepOptions,
-    display: SweepDisplay,
+    spec: SweepSpec, outcome: dict[str, Any], audit: str, seconds: float, display: SweepDisplay
 ) -> SweepResult:
-    spec, space = plan.spec, plan.spec.space
+    space = spec.space
     trials = outcome["trials"]
     finished = [trial for trial in trials if trial["status"] == "finished"]
     metrics = [trial["metrics"] for trial in finished]
@@ -407,7 +414,7 @@ def _conclude(
     result = SweepResult(
         parent_run_id=outcome["parent_run_id"],
         name=space.name,
-        status="reused" if audit == NOTHING_STARTED else "finished",
+        status="finished",
         seconds=seconds,
         folder=str(spec.folder),
         trials=trials,

@@ -5,7 +5,7 @@
     params     its values by variable: the trial has begun for the first time
     computed   fingerprint of a phase that it has computed itself
     result     what Ray Tune was told
-    end        `finished`, `stopped` (by the scheduler), `failed` or `diverged`; with `reason`
+    end        `finished`, `stopped` (by the scheduler), `failed` or `diverged`; with `reason` and `seconds`
 
 It is what a broken sweep goes on from: a trial that has ended is never trained again.
 """
@@ -38,6 +38,8 @@ class LedgerTrial:
     results: list[Result] = field(default_factory=list)
     end: str = ""
     reason: str = ""
+    seconds: float = 0.0
+    time_to_first_step_s: float | None = None
 
 
 class Ledger:
@@ -82,7 +84,8 @@ def _apply(trials: dict[str, LedgerTrial], line: dict[str, Any]) -> None:
     elif "result" in line:
         trial.results.append(line["result"])
     elif "end" in line:
-        trial.end, trial.reason = line["end"], line.get("reason", "")
+        trial.end, trial.reason = line["end"], line["reason"]
+        trial.seconds, trial.time_to_first_step_s = line["seconds"], line["time_to_first_step_s"]
 
 
 def params_key(params: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ class PhaseRunner:
 def truncated(plan: Plan, last: PhasePlan) -> Plan:
     """The plan up to and with the phase `last`."""
     phases = plan.phases[: plan.phases.index(last) + 1]
-    place = str(plan.run_folder.relative_to(plan.job.storage))
+    place = str(plan.run_folder.relative_to(plan.job.storage_folder))
     return replace(plan, phases=phases, steps=last.last_step, fingerprint=last.fingerprint, place=place)
 
 

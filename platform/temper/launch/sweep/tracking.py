@@ -20,6 +20,7 @@ from temper.files import read_json, write_json
 from temper.launch.teacher_runs import teacher_tags
 from temper.launch.train import phase_tags
 from temper.plan.build import Plan
+from temper.remote_store import publish_run
 from temper.run_folder import RUN
 from temper.tracking.delivery import Delivery
 from temper.tracking.history import phase_histories
@@ -112,6 +113,7 @@ class SweepTracking:
         if close_run(self._uri, child.run_id, child.status):
             record = {"uri": self._uri, "run_id": child.run_id, "open": False, "delivered": True}
             write_json(child.plan.run_folder / RUN, record)
+            publish_run(child.plan.run_folder, child.plan.job.storage_folder)
             del self._children[key]
 
 

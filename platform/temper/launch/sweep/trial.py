@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from temper.launch.rungs import RungClock
-from temper.launch.sweep.ledger import Result
+from temper.launch.sweep.ledger import LedgerTrial, Result
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.tracking.history import Record
@@ -113,8 +113,9 @@ class Trial:
         self.phase = plan.phases[0].name
         self.metrics: dict[str, float] = {}
         self.rung = 0
-        self.begun_s = time.time()
+        self.began_s = time.time()
         self.seconds = 0.0
+        self._is_running = False
         self.time_to_first_step_s: float | None = None
         self.at_work = threading.Lock()
         self._told_step = 0
@@ -124,10 +125,23 @@ class Trial:
     def is_over(self) -> bool:
         return self.status in ("stopped", "finished", "failed", "diverged")
 
-    def recall(self, results: Sequence[Result]) -> None:
-        """What an earlier attempt at the sweep was told of the trial."""
-        if results:
-            last = results[-1]
+    def begin(self) -> None:
+        self.began_s, self._is_running = time.time(), True
+
+    def pause(self) -> None:
+        self.seconds, self._is_running = self.elapsed_s, False
+
+    @property
+    def elapsed_s(self) -> float:
+        """In which it was waiting or running."""
+        return self.seconds + (time.time() - self.began_s if self._is_running else 0.0)
+
+    def recall(self, known: LedgerTrial) -> None:
+        """A trial that ended in an earlier attempt at the sweep."""
+        self.status, self.reason = known.end, known.reason  # type: ignore[assignment]
+        self.seconds, self.time_to_first_step_s = known.seconds, known.time_to_first_step_s
+        if known.results:
+            last = known.results[-1]
             self.step, self.phase, self.rung = last["step"], last["phase"], last["rung"]
             self.metrics = {name: value for name, value in last.items() if name not in _PLACE}
 

@@ -10,6 +10,7 @@ from temper.errors import RunError, TemperError
 from temper.files import read_json, write_json
 from temper.launch.registering import register_product
 from temper.launch.sweep.coordinator import SweepSpec
+from temper.storage import storage_folder
 from temper.tracking.mlflow_store import close_run, log_results
 from temper.tracking.sweep_progress import SweepDisplay
 
@@ -32,7 +33,7 @@ def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) ->
         # Only now: it imports torch.
         from temper.export import export_product, find_product
 
-        product = find_product(str(trial_folder(spec, best["id"])), spec.storage)
+        product = find_product(str(trial_folder(spec, best["id"])), storage_folder(spec.storage))
         export_product(product, folder)
         if best["run_id"]:
             name = spec.space.winner.register_as or spec.space.name

@@ -33,9 +33,9 @@ from temper.techniques.distill.cache_files import (
     Columns,
     Cut,
     Tally,
+    fetch_cache,
     join_tallies,
     map_columns,
-    fetch_cache,
     open_manifest,
     write_columns,
 )
