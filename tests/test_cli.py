@@ -159,7 +159,7 @@ def test_overrides_and_flags_in_any_order(run: Temper, job: Path, arguments: tup
             ("model.hiden", "budget.steps", "sed", "nonsense"),
         ),
         (
-            ("data.global_batch=2048", "optimizer.nesterov=true", "storage=s3://bucket", "tracking.uri=mlruns"),
+            ("data.global_batch=2048", "optimizer.nesterov=true", "storage=s3://", "tracking.uri=mlruns"),
             ("data.global_batch", "optimizer.nesterov", "storage", "tracking.uri"),
         ),
     ],

@@ -304,7 +304,7 @@ def test_epochs_are_of_the_examples_with_a_label_unless_a_teacher_knows_the_othe
         (["budget={epochs: 1}", "optimizer.schedule.warmup_steps=22"], "optimizer.schedule.warmup_steps", "at most 21"),
         (["model.num_classes=9"], "model.num_classes", "less than the data's 10 classes"),
         (["parallel.device=cuda"], "parallel.device", "needs a GPU"),
-        (["storage=s3://bucket/runs"], "storage", "is an address, and storage must be a folder"),
+        (["storage=abfs://bucket/runs"], "storage", "use s3://bucket/prefix, gs://bucket/prefix or a folder"),
         (["storage=/dev/null/runs"], "storage", "is a file"),
         (["storage=" + "x" * 3000], "storage", "cannot be used"),
         (["tracking.uri=mlruns"], "tracking.uri", "use e.g. sqlite:///mlruns.db"),
@@ -346,7 +346,7 @@ def test_what_the_facts_forbid_is_refused(storage, overrides, key, said):
 def test_problems_of_all_sources_come_together(storage):
     found = refused(
         "parallel={workers: 16, offload: cpu}",
-        "storage=gs://a",
+        "storage=gs://",
         "tracking.uri=x",
         "data.holdout=9999",
         "budget.epochs=1",

@@ -32,7 +32,7 @@ def blocks(language: str) -> list[str]:
 
 def shell_lines(program: str) -> list[str]:
     """Lines of the shell blocks that call `program`."""
-    return [line for block in blocks("sh") for line in block.splitlines() if line.split()[0] == program]
+    return [line for block in blocks("sh") for line in block.splitlines() if f"{line} ".startswith(f"{program} ")]
 
 
 def section(title: str) -> str:
@@ -169,7 +169,7 @@ def test_the_first_own_job_can_be_planned(tmp_path: Path, monkeypatch: pytest.Mo
     assert plan.model.output_shape == (10,)
     assert plan.model.num_parameters == 9 * 16 + 16 + 2 * 16 + (16 * 64 + 1) * 10
     assert (plan.mesh.data, plan.batch.rank_batch, plan.data.validation_examples) == (2, 32, 200)
-    overrides = [line for line in shell_lines("temper") if "=" in line.split("#")[0]]
+    overrides = [line for line in shell_lines("temper train") if "=" in line.split("#")[0]]
     for line in overrides:
         changed = load_job("mynet.yaml", shlex.split(line, comments=True)[3:])
         assert changed != plan.job
@@ -179,6 +179,16 @@ def test_the_distillation_shown_is_legal() -> None:
     shown = DistillConfig.model_validate(yaml.safe_load(blocks("yaml")[1])["distill"])
     assert [pair.loss for pair in shown.features] == ["mse", "attention_transfer"]
     assert shown.cache == "features"
+
+
+def test_the_space_shown_is_a_shipped_one() -> None:
+    shipped = (ROOT / "tune_spaces" / "temperature_sparsity.yaml").read_text()
+    assert yaml.safe_load(blocks("yaml")[3]) == yaml.safe_load(shipped)
+
+
+def test_every_shipped_space_is_in_its_table() -> None:
+    linked = re.findall(r"^\| \[(tune_spaces/\w+\.yaml)\]", section("Sweeps"), flags=re.MULTILINE)
+    assert sorted(linked) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tune_spaces").glob("*.yaml"))
 
 
 def test_the_rounds_shown_are_legal() -> None:

@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from temper.config.space import Params, SpaceConfig
 from temper.launch.forks import fork_params
 from temper.launch.ranking import best_trial
-from temper.launch.rungs import RungClock
+from temper.launch.rungs import RungClock, check_rungs
 from temper.launch.schedulers import TRIAL_RESOURCES, build_scheduler, limited_trials, tune_environment
 from temper.launch.search import build_search, decode, decode_all, expand_trials
 
@@ -54,6 +54,12 @@ def test_a_trial_stops_at_the_first_step_that_reaches_a_rung() -> None:
     assert clock.stops("dense", 20) == (7, 14, 20)
     assert clock.stops("sparse-1", 10) == (4, 7)
     assert [clock.rung("dense", step / 10) for step in (3, 4, 7)] == [0, 1, 2]
+
+
+def test_a_clock_without_rungs_is_refused() -> None:
+    (problem,) = check_rungs(RungClock.of(["dense"], "dense", [1.0]), [1.0])
+    assert str(problem).startswith("scheduler.rungs: [1.0] leaves no rung: trials differ from dense on, where they end")
+    assert check_rungs(RungClock.of(["dense"], "dense", [0.5]), [0.5]) == []
 
 
 # ------------------------------------------------------------------------------------------- Ray's schedulers on fakes

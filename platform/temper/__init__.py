@@ -8,6 +8,7 @@ The Python API is the command line without the command line:
     plan = temper.plan(job)                     # what will happen, and what it costs; starts nothing
     result = temper.train(job)                  # trains it, resumes it, or finds it done
     print(plan.steps, result.metrics["test/accuracy"])
+    best = temper.sweep("tune_spaces/dsd.yaml").best    # many trials of a job, nothing computed twice
 
 Importing temper imports nothing else; each function imports what it needs when it is called.
 """
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from temper.config.schema import JobConfig
+    from temper.launch.sweep.driver import SweepResult
     from temper.launch.train import TrainResult
     from temper.plan.build import Plan
     from temper.tracking.progress import DisplayMode
 
-__all__ = ["load_job", "plan", "train"]
+__all__ = ["load_job", "plan", "sweep", "train"]
 __version__ = "0.1.0"
 
 
@@ -83,3 +85,31 @@ def train(
     name = resolved.name if not isinstance(job, str | Path) else str(job)
     call = f"temper.train({name!r}, {list(overrides)!r})"
     return launch_train(resolved, folder, TrainOptions(address, fresh, display, call))
+
+
+def sweep(
+    space: str | Path,
+    overrides: Sequence[str] = (),
+    address: str = "local",
+    *,
+    fresh: bool = False,
+    display: DisplayMode = "plain",
+) -> SweepResult:
+    """Runs the trials of a space file, goes on with a sweep that was broken off, or finds it done.
+
+    `overrides` are of the base job, or of the space where they begin with `sweep.`, e.g. `sweep.budget.trials=8`.
+    `address` and `display` are those of `train`; `fresh` begins the sweep anew, and phases are reused all the same.
+
+    Raises:
+        JobError: with every problem of the space and of the jobs in it.
+        RunError: no trial came to its end, or the sweep itself could not go on.
+        RunInterrupted: it was stopped by a signal; every trial's state is saved, and the same call goes on from it.
+    """
+    from temper.config.space_load import load_space
+    from temper.launch.cluster import check_address
+    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+
+    check_address(address)
+    config, others = load_space(space, overrides)
+    call = f"temper.sweep({str(space)!r}, {list(overrides)!r})"
+    return launch_sweep(config, Path(space), others, SweepOptions(address, fresh, display, call))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import temper
 from temper import __version__
 from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, Problem, TemperError
-from temper.storage import storage_folder
+from temper.storage import open_storage, storage_folder
 
 if TYPE_CHECKING:
     from temper.launch.teacher_runs import TeacherResult
@@ -125,12 +125,18 @@ def _tests(metrics: Mapping[str, float]) -> list[str]:
 def _sweep(options: argparse.Namespace) -> None:
     from temper.config.space_load import load_space
     from temper.launch.cluster import check_address
-    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+    from temper.launch.sweep.driver import SweepOptions, launch_sweep, preview_sweep
 
     check_address(options.address)
     space, overrides = load_space(options.job, options.overrides)
     typed = _typed("sweep", options)
     how = SweepOptions(options.address, options.fresh, _display_mode(options), typed)
+    if options.dry_run:
+        preview = preview_sweep(space, Path(options.job), overrides, how)
+        for name, value in preview.items():
+            _say(f"{name:<14} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        _print_json(options, preview)
+        return
     result = launch_sweep(space, Path(options.job), overrides, how)
     for line in result.summary:
         _say(line)
@@ -161,7 +167,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> None:
     from temper.export import evaluate_product, find_product
 
-    product = find_product(options.reference, storage_folder(options.storage), options.phase)
+    product = find_product(options.reference, open_storage(options.storage), options.phase)
     metrics = evaluate_product(product)
     for name, value in sorted(metrics.items()):
         _say(f"{name:<24} {value:.4f}")
@@ -177,7 +183,7 @@ def _export(options: argparse.Namespace) -> None:
         from temper.tracking.registry import check_name
 
         check_name(options.register, options.alias)
-    product = find_product(options.reference, storage_folder(options.storage), options.phase)
+    product = find_product(options.reference, open_storage(options.storage), options.phase)
     if options.register and not product.run:
         rule = f"needs the MLflow run of {options.reference}, and no run in its storage says which that is"
         raise JobError([Problem("--register", options.register, rule, "train the job again: it is tracked then")])
@@ -196,7 +202,7 @@ def _export(options: argparse.Namespace) -> None:
 def _phases_list(options: argparse.Namespace) -> None:
     from temper.launch.phases.show import list_phases, phases_table
 
-    listed = list_phases(storage_folder(options.storage))
+    listed = list_phases(open_storage(options.storage))
     _say(phases_table(listed, time.time()))
     _print_json(options, listed)
 
@@ -204,7 +210,7 @@ def _phases_list(options: argparse.Namespace) -> None:
 def _phases_show(options: argparse.Namespace) -> None:
     from temper.launch.phases.show import phase_text, show_phase
 
-    shown = show_phase(options.phase, storage_folder(options.storage))
+    shown = show_phase(options.phase, open_storage(options.storage))
     _say(phase_text(shown))
     _print_json(options, shown)
 
@@ -212,7 +218,7 @@ def _phases_show(options: argparse.Namespace) -> None:
 def _phases_diff(options: argparse.Namespace) -> None:
     from temper.launch.phases.diff import comparison_text, diff_phases
 
-    comparison = diff_phases(options.a, options.b, options.overrides, storage_folder(options.storage))
+    comparison = diff_phases(options.a, options.b, options.overrides, open_storage(options.storage))
     _say(comparison_text(comparison))
     _print_json(options, comparison.to_dict())
 
@@ -229,7 +235,7 @@ def _phases_prune(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
     )
     now_s = time.time()
-    result = prune_phases(storage_folder(options.storage), criteria, now_s)
+    result = prune_phases(open_storage(options.storage), criteria, now_s)
     _say(prune_text(result, now_s))
     _print_json(options, result.to_dict())
 
@@ -238,7 +244,7 @@ def _report(options: argparse.Namespace) -> None:
     from temper.products import find_folder
     from temper.tracking.report import write_report
 
-    folder = find_folder(options.reference, storage_folder(options.storage), "RUN")
+    folder = find_folder(options.reference, open_storage(options.storage), "RUN")
     path = write_report(folder, Path(options.to) if options.to else None)
     _say(f"report in {path}")
     _print_json(options, {"file": str(path)})
@@ -248,7 +254,7 @@ def _ui(options: argparse.Namespace) -> int:
     from temper.tracking.mlflow_store import storage_uri
     from temper.tracking.ui import serve_ui
 
-    uri = storage_uri(storage_folder(options.storage), options.uri)
+    uri = storage_uri(open_storage(options.storage), options.uri)
     return serve_ui(uri, port=options.port, open_browser=not options.no_browser)
 
 
@@ -306,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, sweep, verify):
         command.add_argument("--address", default="local", help="local (an embedded Ray), auto, HOST:PORT or ray://…")
     train.add_argument("--fresh", action="store_true", help="forget what was computed for this job and train it again")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would be done, and start nothing")
     sweep.add_argument("--fresh", action="store_true", help="begin the sweep anew; phases are reused all the same")
     evaluate = _add_command(commands, "eval", _eval, "evaluate a run or checkpoint on its job's test split")
     export = _add_command(commands, "export", _export, "write a run's model for plain PyTorch")

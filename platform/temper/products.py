@@ -16,6 +16,7 @@ from temper.errors import CheckpointError, JobError, Problem
 from temper.files import check_file, check_size, describe_file, read_json, write_json
 from temper.remote_store import fetch_checkpoint, fetch_place, fetch_run, publish_phase
 from temper.run_folder import CHECKPOINT_MANIFEST, CHECKPOINTS, JOB, PHASE_MANIFEST, PHASES, PLAN, RUN, WEIGHTS
+from temper.storage import remote_of, storage_name
 
 MODEL = "model.safetensors"
 """The weights in an export's folder, beside its `job.yaml`."""
@@ -104,7 +105,7 @@ def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> P
     """The folder that `reference` is, or that of the run with this MLflow id. Raises JobError where there is none."""
     folder = Path(reference) if Path(reference).is_dir() else find_run(reference, storage)
     if folder is None:
-        rule = f"is no folder, and no run in {storage} has this id"
+        rule = f"is no folder, and no run in {storage_name(storage)} has this id"
         raise JobError([Problem(key, reference, rule, "name the storage of the run with --storage")])
     return folder.absolute()
 
@@ -156,6 +157,9 @@ def run_name(plan: Mapping[str, Any]) -> str:
     """The path of a run's folder within its storage, which may have been moved since the plan was written, e.g.
     `digits-0123456789`; empty where the plan does not say it."""
     folder, storage = Path(plan.get("run_folder", "")), plan.get("job", {}).get("storage")
+    remote = remote_of(folder)
+    if remote is not None:
+        return remote.key(folder)
     if storage is not None and folder.is_relative_to(storage):
         return str(folder.relative_to(storage))
     # A bucket's working folder has another name on each machine.

@@ -15,7 +15,9 @@ with the manifest's SHA-256. Each rank publishes its own shards, and fetches tho
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ from temper.storage import Remote, remote_of
 
 RECORDS = "records"  # of a phase, in the bucket only: what its checkpoints have as `records.jsonl`
 _RUNS = "runs"
+_LOOK_S = 2.0
 
 
 def publish(files: Iterable[Path], manifest: Path | None = None) -> None:
@@ -44,6 +47,34 @@ def fetch(file: Path) -> None:
     remote = remote_of(file)
     if remote is not None and not file.exists():
         remote.pull({remote.key(file): None})
+
+
+class Flag:
+    """A file whose presence says something on the node where it lies, and, of a job on several nodes, on all: there it
+    is in the bucket, too, and looked for every few seconds."""
+
+    def __init__(self, file: Path, nodes: int) -> None:
+        self._file = file
+        self._remote = remote_of(file) if nodes > 1 else None
+        self._looked_at = -math.inf
+
+    def set(self) -> None:
+        self._file.touch()
+        if self._remote is not None:
+            publish([self._file])
+
+    def clear(self) -> None:
+        self._file.unlink(missing_ok=True)
+        if self._remote is not None:
+            self._remote.delete([self._remote.key(self._file)])
+
+    def is_set(self) -> bool:
+        if self._file.exists():
+            return True
+        if self._remote is None or time.monotonic() < self._looked_at + _LOOK_S:
+            return False
+        self._looked_at = time.monotonic()
+        return self._remote.exists(self._remote.key(self._file))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -144,7 +175,8 @@ def publish_phase(folder: Path) -> None:
     last = folder / manifest["checkpoint"] / CHECKPOINT_MANIFEST
     is_there = remote.read(remote.key(last)) == last.read_bytes()
     files = [name for name in manifest["files"] if not (is_there and name.startswith(manifest["checkpoint"]))]
-    publish([folder / name for name in (*files, JOB, PLAN)], folder / PHASE_MANIFEST)
+    files += [name for name in (JOB, PLAN) if (folder / name).exists()]  # which the driver's node has published
+    publish([folder / name for name in files], folder / PHASE_MANIFEST)
     publish_records(folder)
 
 

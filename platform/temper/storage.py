@@ -19,13 +19,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from temper.errors import Problem, RunError
+from temper.errors import JobError, Problem, RunError
 
 Answer = TypeVar("Answer")
 
@@ -72,6 +72,30 @@ def absolute_storage(storage: str) -> str:
 def storage_folder(storage: str) -> Path:
     """The folder in which this machine reads and writes the storage; it need not exist."""
     return _cache() / _WORKING_FOLDERS / _escape(absolute_storage(storage)) if is_remote(storage) else Path(storage)
+
+
+def open_storage(storage: str) -> Path:
+    """The folder of a storage that a command names with `--storage`. Raises JobError where that is an address that
+    cannot be used."""
+    problems = (check_address(storage) or check_reachable(storage)) if is_remote(storage) else []
+    if problems:
+        raise JobError([replace(problem, key="--storage") for problem in problems])
+    return storage_folder(storage)
+
+
+def storage_name(folder: Path) -> str:
+    """The storage of this folder as people know it."""
+    remote = remote_of(folder)
+    return str(folder) if remote is None else remote.shown
+
+
+def shared_path(folder: Path) -> str:
+    """The folder as every node reaches it: its path, or its address in the bucket."""
+    remote = remote_of(folder)
+    if remote is None:
+        return str(folder)
+    parts = urlsplit(remote.address)
+    return parts._replace(path=f"{parts.path}/{remote.key(folder)}").geturl()
 
 
 def _cache() -> Path:
@@ -140,7 +164,7 @@ def check_reachable(address: str) -> list[Problem]:
     try:
         _reach(remote)
     except RunError as error:
-        return [Problem("storage", address, f"cannot be used: {error}")]
+        return [Problem("storage", hide_credentials(address), f"cannot be used: {error}")]
     return []
 
 
@@ -174,7 +198,7 @@ class Remote:
     folder: Path
 
     def key(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
+        return "" if path == self.folder else path.relative_to(self.folder).as_posix()
 
     def check_bucket(self) -> None:
         """Raises RunError where there is no such bucket."""
@@ -264,6 +288,15 @@ class Remote:
             return {f"{prefix}{info.path[len(path) :]}": Stored(info.size, info.mtime_ns) for info in found}
 
         return self._try(prefix, look)
+
+    def folders(self, prefix: str) -> dict[str, dict[str, Stored]]:
+        """The objects in each folder right below a prefix, by their paths in it."""
+        found: dict[str, dict[str, Stored]] = {}
+        for key, stored in self.files(prefix).items():
+            name, _, path = key[len(prefix) :].lstrip("/").partition("/")
+            if path:
+                found.setdefault(name, {})[path] = stored
+        return found
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes objects, one after the other; one that is not there is none too few."""

@@ -235,6 +235,7 @@ class _Worker:
         job = plan.job
         self.spec, self.rank, self.stage = spec, rank, stage
         self.port = port or Port()
+        self._stop = remote_store.Flag(spec.run_folder / STOP, plan.cluster.nodes)
         self.world_size = plan.mesh.world_size
         self.splits = kept.splits(plan)
         stage(f"building {job.model.kind}")
@@ -300,7 +301,7 @@ class _Worker:
         return reporter.stop
 
     def _stop_requested(self) -> bool:
-        return self.port.stop_requested() or (self.spec.run_folder / STOP).exists()
+        return self.port.stop_requested() or self._stop.is_set()
 
     def _watch(self) -> Watch:
         """Only fp16 has a loss scale to be looked at, and only a rank with the whole model can run it again."""

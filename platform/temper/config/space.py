@@ -144,7 +144,7 @@ class HyperBandScheduler(Section):
     """HyperBand (Li et al. 2018) by phase: whole brackets of trials wait for each other at each rung."""
 
     kind: Literal["hyperband"]
-    reduction_factor: Annotated[float, Field(gt=1.0, le=100.0)] = 3.0
+    reduction_factor: Annotated[float, Field(ge=2.0, le=100.0)] = 3.0
     rungs: Rungs = Field(default_factory=lambda: [0.5, 1.0])
 
 

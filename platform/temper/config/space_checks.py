@@ -243,6 +243,9 @@ def _check_scheduler(space: SpaceConfig) -> list[Problem]:
     if isinstance(scheduler, ASHAScheduler | HyperBandScheduler):
         rungs, ordered = scheduler.rungs, sorted(set(scheduler.rungs))
         problems += [] if rungs == ordered else [Problem("scheduler.rungs", rungs, "must rise", f"use {ordered}")]
+    if scheduler.kind == "hyperband" and space.search.kind == "tpe":
+        rule = "needs all trials at its start, and search.kind: tpe would suggest them before it knows a result"
+        problems.append(Problem("scheduler.kind", "hyperband", rule, "use asha, or search: {kind: random}"))
     if scheduler.kind == "pbt":
         problems += _check_population(space)
     return problems

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +28,9 @@ from typing import Any, Literal
 
 from packaging.version import Version
 
+from temper.errors import RunError
 from temper.plan.checks import check_tracking_uri
+from temper.storage import remote_of
 from temper.tracking.mlflow_store import storage_uri
 from temper.tracking.redact import redact_text
 
@@ -140,6 +143,23 @@ def _age_s(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:  # the compilation that held it has ended
         return 0.0
+
+
+def _check_bucket(storage: Path) -> Iterator[Finding]:
+    remote, key = remote_of(storage), f"doctor-{uuid.uuid4().hex}"
+    if remote is None:
+        return
+    try:
+        remote.write(key, b"x")
+        intact = remote.read(key) == b"x"
+        remote.delete([key])
+    except RunError as error:
+        yield Finding("bucket", "fault", str(error), "mend that, or choose another storage")
+        return
+    if intact:
+        yield Finding("bucket", "ok", f"{remote.shown}: written, read, removed")
+    else:
+        yield Finding("bucket", "fault", f"{remote.shown}: what was written cannot be read", "use another bucket")
 
 
 def _check_storage(storage: Path) -> Iterator[Finding]:
@@ -275,6 +295,7 @@ CHECKS: tuple[Callable[[Path], Iterator[Finding]], ...] = (
     _check_ray_parts,
     _check_gpu,
     _check_jit_locks,
+    _check_bucket,
     _check_storage,
     _check_tracking,
     _check_working_folder,

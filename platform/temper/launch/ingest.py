@@ -1,8 +1,7 @@
 """Brings a user's own files into the storage through Ray Data, once for all jobs that use them.
 
 The result is `<storage>/data/<fingerprint>/<split>/part-….arrow` and, written last, `manifest.json`: without it the
-data are not there. The data folder and the storage must be reachable from every node: shared folders, or a bucket as the
-storage.
+data are not there. The data folder and the storage must be reachable from every node; the storage may be a bucket.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from temper.errors import Problem
+
 
 @dataclass(frozen=True)
 class RungClock:
@@ -44,3 +46,11 @@ class RungClock:
         """After which of the `steps` of `phase` its rungs are."""
         # 0.7 × 10 is a little more than 7 in binary.
         return tuple(math.ceil(share * steps - 1e-9) for name, share in self.rungs if name == phase)
+
+
+def check_rungs(clock: RungClock, shares: Sequence[float]) -> list[Problem]:
+    """That there is a place at all at which trials are compared before they end."""
+    if clock.rungs:
+        return []
+    rule = f"leaves no rung: trials differ from {clock.phases[clock.first]} on, where they end"
+    return [Problem("scheduler.rungs", list(shares), rule, "use e.g. [0.5], or scheduler: {kind: fifo}")]

@@ -51,12 +51,12 @@ def encode(space: SpaceConfig, params: Params) -> Point:
 
 
 def decode(space: SpaceConfig, point: Point) -> Params:
-    """The params of the variables whose `when` is met. Raises KeyError for what is no variable."""
-    return active_params(space, {name: _value(space.space[name], number) for name, number in point.items()})
+    """The trial's params: of the variables whose `when` is met."""
+    return active_params(space, decode_all(space, point))
 
 
 def decode_all(space: SpaceConfig, point: Point) -> Params:
-    """As :func:`decode`, with those whose `when` is not met."""
+    """The values of all variables of the point, also of those whose `when` is not met."""
     return {name: _value(space.space[name], number) for name, number in point.items()}
 
 

@@ -44,7 +44,7 @@ from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
-from temper.remote_store import fetch_phase, fetch_run_record, publish, publish_run
+from temper.remote_store import Flag, fetch_phase, fetch_run_record, publish, publish_run
 from temper.run_folder import (
     FAILURES,
     HISTORY,
@@ -249,7 +249,7 @@ def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) 
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
     status: RunStatus = "FAILED"
     try:
-        with _stop_on_signal(plan.run_folder / STOP, display) as stop:
+        with _stop_on_signal(Flag(plan.run_folder / STOP, plan.cluster.nodes), display) as stop:
             _fit(spec, display, tracking, embedded=session.is_embedded)
         if stop.is_set() and not all(is_complete(plan, phase) for phase in pending):
             status = "KILLED"
@@ -284,7 +284,8 @@ def prepare_folders(spec: WorkerSpec) -> None:
     """The run's folder, and the folders of the phases that are to be run, which are marked as this run's."""
     plan, folder = spec.plan, spec.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (STOP, STAGES, FAILURES):
+    Flag(folder / STOP, plan.cluster.nodes).clear()
+    for name in (STAGES, FAILURES):
         (folder / name).unlink(missing_ok=True)
     known = read_json(folder / RUN)
     if known is not None:
@@ -363,7 +364,7 @@ def import_folders(job_folder: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def _stop_on_signal(stop_file: Path, display: Display) -> Iterator[threading.Event]:
+def _stop_on_signal(stop: Flag, display: Display) -> Iterator[threading.Event]:
     """Turns the first SIGINT or SIGTERM into a request that the workers meet at their next report; a second ends."""
     requested = threading.Event()
 
@@ -371,7 +372,7 @@ def _stop_on_signal(stop_file: Path, display: Display) -> Iterator[threading.Eve
         if requested.is_set():
             raise KeyboardInterrupt
         requested.set()
-        stop_file.touch()
+        stop.set()
         display.note("stopping at the next report, with the state saved; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():

@@ -29,6 +29,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from temper.plan.room import GroupShape, shape_of
 from temper.run_folder import FAILURES, RUN, TraceSpec, WorkerSpec
+from temper.storage import shared_path
 from temper.tracking.callback import TrackingCallback, TrackingTarget, build_callbacks
 from temper.tracking.history import phase_histories
 
@@ -152,7 +153,7 @@ def build_group(
         run_config=RunConfig(
             # Ray's own record of an attempt; checkpoints are temper's, so that none is ever read from here.
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(folder),
+            storage_path=str(folder) if embedded else shared_path(folder),
             failure_config=FailureConfig(max_failures=restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,

@@ -305,8 +305,8 @@ def _storage_notes(job: JobConfig) -> list[str]:
     if not is_remote(job.storage) or job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return []
     return [
-        f"what MLflow is told stays on this machine, in {job.storage_folder}/mlflow.db; set tracking.uri to a server, and "
-        "all machines that share the storage share it, too"
+        f"what MLflow is told stays on this machine, in {job.storage_folder}/mlflow.db; set tracking.uri to a server "
+        "that all machines share"
     ]
 
 

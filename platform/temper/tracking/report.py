@@ -28,6 +28,7 @@ from temper.plan.distill import FeaturePair
 from temper.plan.phases import library_versions
 from temper.plan.show import describe_level, describe_soft_targets
 from temper.products import find_storage, run_name
+from temper.remote_store import fetch_place
 from temper.run_folder import HISTORY, JOB, PHASE_MANIFEST, PHASES, PLAN, RUN, WEIGHTS
 from temper.techniques.dsd.summary import LEVELS
 from temper.tracking.figures import PhaseData, Round, draw_figures, rounds, short_name
@@ -142,6 +143,8 @@ def _read_run(folder: Path) -> _Run:
         remedy = "give a run's id, or its folder in the storage"
         raise JobError([Problem("RUN", str(folder), "is not a run's folder", remedy)])
     folders = [find_storage(folder) / PHASES / phase["fingerprint"] for phase in plan["phases"]]
+    for place in folders:
+        fetch_place(place)
     return _Run(
         folder=folder,
         plan=plan,

@@ -15,6 +15,7 @@ from temper.launch.phases.inventory import SHORT, Chain, chain_to, find_fingerpr
 from temper.launch.teachers import plan_job
 from temper.plan.mesh import local_cluster
 from temper.products import find_runs
+from temper.remote_store import fetch_outlines
 from temper.run_folder import PHASES, PLAN
 
 _ABSENT = "\0"  # no value of a job
@@ -53,6 +54,7 @@ def diff_phases(reference: str, other: str, overrides: Sequence[str], storage: P
     Phases that were removed are found in the plans of the runs that are there. Raises JobError where a phase is not
     found or the job is wrong, RunError where the ingredients of one that differs were not kept.
     """
+    fetch_outlines(storage)
     plans = [read_json(path) or {} for path in sorted((storage / PHASES).glob(f"*/{PLAN}"))]
     plans += [read_json(folder / PLAN) or {} for folder in find_runs(storage)]
     chain = find_chain(reference, plans, storage)

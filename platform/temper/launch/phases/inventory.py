@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from temper.claims import claimed_keys
 from temper.errors import JobError, Problem
 from temper.files import read_json
 from temper.launch.phase_store import is_in_use
 from temper.products import find_runs, read_phase, run_name
+from temper.remote_store import fetch_outlines
 from temper.run_folder import PHASE_MANIFEST, PHASES, PLAN
+from temper.storage import Remote, Stored, remote_of
 
 State = Literal["complete", "unfinished", "in use"]
 Chain = Sequence[Mapping[str, Any]]
@@ -100,18 +103,11 @@ def read_store(storage: Path) -> list[StoredPhase]:
 
 
 def _read_bucket(remote: Remote, storage: Path) -> list[StoredPhase]:
-    objects, claimed = by_folder(remote.files(remote.key(storage / PHASES))), claimed_keys(remote)
+    prefix, claimed = remote.key(storage / PHASES), claimed_keys(remote)
     return [
-        _read_remote(remote, storage / PHASES / name, objects[name], remote.key(storage / PHASES / name) in claimed)
-        for name in sorted(objects)
+        _read_remote(remote, storage / PHASES / name, objects, f"{prefix}/{name}" in claimed)
+        for name, objects in sorted(remote.folders(prefix).items())
     ]
-
-
-def by_folder(objects: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """The objects of each folder right below their common one, by their paths in it."""
-    level = PHASES.count("/") + 1
-    found: dict[str, dict[str, Stored]] = {}
-    return found
 
 
 def _read_remote(remote: Remote, folder: Path, objects: Mapping[str, Stored], is_claimed: bool) -> StoredPhase:

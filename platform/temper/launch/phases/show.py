@@ -23,6 +23,7 @@ from temper.launch.phases.inventory import (
 from temper.launch.phases.units import count, show_age
 from temper.locks import is_held
 from temper.plan.show import show_size
+from temper.storage import Stored, remote_of
 from temper.techniques.distill.cache_files import MANIFEST as CACHE_MANIFEST
 
 # ----------------------------------------------------------------------------------------------------------------- list
@@ -70,16 +71,32 @@ def _in_chains(phases: Sequence[StoredPhase]) -> list[StoredPhase]:
 
 
 def _read_caches(storage: Path) -> list[StoredCache]:
-    folders = [path for path in (storage / "teachers").glob("*") if FINGERPRINT.fullmatch(path.name)]
-    references = read_references(storage) if folders else []
-    caches = [_read_cache(folder, references) for folder in folders]
+    remote, folder = remote_of(storage), storage / "teachers"
+    if remote is None:
+        there = {path.name: _measure_cache(path) for path in folder.glob("*") if FINGERPRINT.fullmatch(path.name)}
+    else:
+        found = remote.folders(remote.key(folder))
+        there = {name: _measure_objects(found[name]) for name in found if FINGERPRINT.fullmatch(name)}
+    references = read_references(storage) if there else []
+    caches = [_read_cache(folder / name, references, *there[name]) for name in there]
     return sorted(caches, key=lambda cache: (cache.used_s, cache.key))
 
 
-def _read_cache(folder: Path, references: Sequence[Reference]) -> StoredCache:
-    size, newest = measure(folder)
+def _measure_cache(folder: Path) -> tuple[int, float, bool]:
+    """Its bytes, when it was last written, whether it is complete."""
+    return (*measure(folder), (folder / CACHE_MANIFEST).is_file())
+
+
+def _measure_objects(objects: Mapping[str, Stored]) -> tuple[int, float, bool]:
+    newest = max(stored.time_ns for stored in objects.values()) / 1e9
+    return sum(stored.bytes for stored in objects.values()), newest, CACHE_MANIFEST in objects
+
+
+def _read_cache(
+    folder: Path, references: Sequence[Reference], size: int, newest: float, is_complete: bool
+) -> StoredCache:
     jobs = {reference.job for reference in references if reference.cache == folder.name}
-    state: State = "complete" if (folder / CACHE_MANIFEST).is_file() else "unfinished"
+    state: State = "complete" if is_complete else "unfinished"
     is_made = is_held(folder.with_suffix(".lock"))
     return StoredCache(folder.name, tuple(sorted(jobs)), size, newest, "in use" if is_made else state)
 

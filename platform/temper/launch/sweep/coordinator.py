@@ -32,11 +32,12 @@ from temper.launch.sweep.tracking import SweepTracking
 from temper.launch.sweep.trial import Answer, Mailbox, Trial, TrialFailed, TrialStopped
 from temper.launch.teacher_runs import is_trained, teachers_of
 from temper.launch.teachers import plan_job
+from temper.launch.train import prepare_folders
 from temper.plan.build import Plan
 from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
-from temper.run_folder import PHASE_MANIFEST, RUN
+from temper.run_folder import PHASE_MANIFEST, RUN, WorkerSpec
 from temper.storage import storage_folder
 from temper.tracking.history import Histories, phase_histories, read_history
 from temper.tracking.mlflow_store import RunStatus, open_sweep
@@ -112,6 +113,8 @@ class Coordinator:
         self._sessions: dict[str, tuple[str, Mailbox]] = {}
         self._said: list[str] = []
         self._interrupted = False
+        self._broken = ""
+        self._sources: dict[str, str] = {}
         self._began_s = time.time()
         self._steps_run = 0
         self._computed: dict[str, int] = {}
@@ -217,6 +220,7 @@ class Coordinator:
             "phases_reused": sum(len(self._reused(trial)) for trial in self._trials.values()),
             "steps_run": self._steps_run,
             "undelivered": missing,
+            "broken": self._broken,
             "view": self.view()[0],
             "stuck_groups": stuck,
         }
@@ -279,6 +283,7 @@ class Coordinator:
         id = known.id if known is not None else self._spec.ids.get(params_key(params)) or self._new_id()
         if id not in self._trials:
             plan = self._spec.plan_trial(params, id)
+            self._check_sources(plan)
             trial = self._trials[id] = Trial(id, params, plan, self._spec.clock, self._spec.decide)
             trial.computed = list(known.computed) if known is not None else []
             self._computed |= {
@@ -287,6 +292,15 @@ class Coordinator:
             if known is None:
                 self._ledger.add(id, params=params)
         return self._trials[id], known
+
+    def _check_sources(self, plan: Plan) -> None:
+        """The workers have imported the code behind `kind: python` targets, and would not see that it has changed."""
+        for target, digest in plan.phases[0].ingredients["sources"].items():
+            if self._sources.setdefault(target, digest) != digest and not self._broken:
+                self._broken = (
+                    f"the code of {target} changed during the sweep; the same command goes on with the new one"
+                )
+                self.interrupt()
 
     def _new_id(self) -> str:
         taken = {*self._ledger.trials, *self._spec.ids.values()}
@@ -298,8 +312,13 @@ class Coordinator:
         for result in known.results:
             mailbox.put(result, decisive=False)
         mailbox.end(trial.status, trial.reason)
-        self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
+        self._open_run(trial)
         self._tracking.end(trial.plan, _MLFLOW_STATUS[trial.status], {"temper.trial.status": trial.status})
+
+    def _open_run(self, trial: Trial) -> None:
+        # Also of a trial that computes nothing itself.
+        prepare_folders(WorkerSpec(trial.plan, (), self._spec.import_folders))
+        self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
 
     def _work(self, trial: Trial, mailbox: Mailbox) -> None:
         # A session of this trial that was paused may not be over yet.
@@ -309,7 +328,7 @@ class Coordinator:
     def _train(self, trial: Trial, mailbox: Mailbox) -> None:
         watcher = _TrialWatcher(self, trial, mailbox)
         trial.begin()
-        self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
+        self._open_run(trial)
         try:
             self._runner.complete(trial.plan, self._spec.import_folders, watcher)
             watcher.know()
@@ -337,6 +356,8 @@ class Coordinator:
             trial.status = "waiting"
             if trial.is_concluded and not self._interrupted:
                 self._end(trial, "stopped", "")
+        # Of a trial that is paused nobody asks; where the sweep is interrupted somebody does.
+        watcher.mailbox.end("stopped")
 
     def _fail(self, trial: Trial, mailbox: Mailbox, status: Literal["failed", "diverged"], reason: str) -> None:
         self._end(trial, status, reason)

@@ -28,7 +28,7 @@ from temper.files import read_json, write_json
 from temper.launch.cluster import RaySession, cluster_shape, node_rooms, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.ranking import best_trial, pareto_front
-from temper.launch.rungs import RungClock
+from temper.launch.rungs import RungClock, check_rungs
 from temper.launch.sweep.coordinator import SWEEP_RUN, Coordinator, SweepSpec
 from temper.launch.sweep.ledger import LEDGER, LedgerTrial, params_key, read_ledger
 from temper.launch.sweep.winner import close_tree, name_winner
@@ -39,6 +39,7 @@ from temper.plan.build import Plan
 from temper.plan.distill import CachePlan
 from temper.plan.room import plan_concurrency, shape_of
 from temper.plan.space import all_phases, check_corners, rung_phases, share_cache, share_teachers, shared_phases
+from temper.products import read_phase
 from temper.run_folder import LOCK
 from temper.storage import absolute_storage, storage_folder
 from temper.tracking.mlflow_store import tracking_uri
@@ -134,6 +135,34 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
         return _conclude(spec, outcome, audit, time.perf_counter() - started, display)
 
 
+def preview_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], options: SweepOptions) -> dict[str, Any]:
+    """What the sweep would do, for `temper sweep --dry-run`: everything is checked and planned, nothing is started.
+
+    `phases` and `steps` are those of all trials together, each phase once; `alone` are what they would be if each trial
+    trained its own; `stored` are phases that the phase store has. Of a search that depends on results the corners of
+    the space stand for its trials. Raises JobError with every problem found.
+    """
+    prepare_environment(options.address)
+    with ExitStack() as stack:
+        plan = plan_sweep(space, file, overrides, options, RaySession(options.address, stack))
+    every = [(phase, each.phase_folder(phase)) for each in plan.plans for phase in each.phases]
+    distinct = {phase.fingerprint: (phase, folder) for phase, folder in every}
+    return {
+        "name": space.name,
+        "folder": str(plan.spec.folder),
+        "trials": len(plan.plans) if plan.trials is not None else space.budget.trials,
+        "concurrency": plan.spec.concurrency,
+        "phases": len(distinct),
+        "steps": sum(phase.steps for phase, _ in distinct.values()),
+        "phases_alone": len(every),
+        "steps_alone": sum(phase.steps for phase, _ in every),
+        "phases_stored": sum(read_phase(folder) is not None for _, folder in distinct.values()),
+        "shared": [phase.name for phase in plan.plans[0].phases[: plan.shared]],
+        "rungs": [f"{phase} {share:g}" for phase, share in plan.spec.clock.rungs],
+        "notes": list(plan.notes),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
@@ -189,9 +218,8 @@ def plan_sweep(
     )
     first_params = trials[0] if trials else corners.params[0]
     teaching = share_teachers(plans) and (share_cache(plans) or not any(_cache_of(each) for each in plans))
-    return SweepPlan(
-        spec, trials, plans, first_params, shared, teaching, (*corners.notes, *_notes(plans, duplicates, concurrency))
-    )
+    counts = _notes(plans, duplicates, concurrency) if trials is not None else []
+    return SweepPlan(spec, trials, plans, first_params, shared, teaching, (*corners.notes, *counts))
 
 
 def _cache_of(plan: Plan) -> CachePlan | None:
@@ -223,9 +251,13 @@ def _order(trials: list[Params], first: dict[str, str]) -> list[Params]:
 def _clock(space: SpaceConfig, plans: Sequence[Plan]) -> RungClock:
     phases, scheduler = all_phases(plans), space.scheduler
     first = next(iter(rung_phases(plans)), phases[-1])
-    if scheduler.kind == "asha" or scheduler.kind == "hyperband":
-        return RungClock.of(phases, first, scheduler.rungs, scheduler.reduction_factor)
-    return RungClock.of(phases, first)
+    if scheduler.kind != "asha" and scheduler.kind != "hyperband":
+        return RungClock.of(phases, first)
+    clock = RungClock.of(phases, first, scheduler.rungs, scheduler.reduction_factor)
+    problems = check_rungs(clock, scheduler.rungs)
+    if problems:
+        raise JobError(problems)
+    return clock
 
 
 def _fingerprint(space: SpaceConfig, job: dict[str, Any]) -> str:
@@ -243,7 +275,7 @@ def _notes(plans: Sequence[Plan], duplicates: int, concurrency: int) -> list[str
     saved = f"{len(distinct)} phases for {len(every)}, {steps:,} steps for {alone:,}"
     notes = [f"{len(plans)} trials, {concurrency} at once: {saved}"]
     if duplicates:
-        notes.append(f"{duplicates} trials were drawn twice and are run once")
+        notes.append(f"{duplicates} more are the same as one of these")
     return notes
 
 
@@ -314,6 +346,8 @@ def _with_coordinator(
                 ray.get(coordinator.interrupt.remote())
         outcome: dict[str, Any] = ray.get(coordinator.finish.remote())
         _show(coordinator, display)
+        if outcome["broken"]:
+            raise RunError(outcome["broken"])
         if failures and not stop.is_set():
             raise _cause(failures[0])
         return outcome

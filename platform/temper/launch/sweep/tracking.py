@@ -85,6 +85,7 @@ class SweepTracking:
 
     def _begin(self, plan: Plan, name: str, tags: dict[str, str]) -> None:
         self.parent_id = self.parent_id or self._parent()
+        plan.run_folder.mkdir(parents=True, exist_ok=True)
         known = read_json(plan.run_folder / RUN) or {}
         run_id = known.get("run_id") if known.get("uri") == self._uri else None
         tags = {"mlflow.parentRunId": self.parent_id, **tags}

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.execution import class_cache
 
 from temper.config.space import Params
 from temper.console import quieten
@@ -19,6 +20,10 @@ from temper.launch.search import build_search
 from temper.launch.sweep.coordinator import SweepSpec
 from temper.launch.sweep.ledger import LedgerTrial
 from temper.launch.sweep.proxy import TrialProxy
+
+# Ray Tune would put these of the driver into its actors' description, where Ray's own pages show them; the actors need
+# none, and the workers have their machine's.
+class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 
 
 class _Private:
