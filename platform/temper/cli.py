@@ -125,14 +125,15 @@ def _tests(metrics: Mapping[str, float]) -> list[str]:
 def _sweep(options: argparse.Namespace) -> None:
     from temper.config.space_load import load_space
     from temper.launch.cluster import check_address
-    from temper.launch.sweep.driver import SweepOptions, launch_sweep, preview_sweep
+    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+    from temper.launch.sweep.planning import preview_sweep
 
     check_address(options.address)
     space, overrides = load_space(options.job, options.overrides)
     typed = _typed("sweep", options)
     how = SweepOptions(options.address, options.fresh, _display_mode(options), typed)
     if options.dry_run:
-        preview = preview_sweep(space, Path(options.job), overrides, how)
+        preview = preview_sweep(space, Path(options.job), overrides, options.address)
         for name, value in preview.items():
             _say(f"{name:<14} {', '.join(map(str, value)) if isinstance(value, list) else value}")
         _print_json(options, preview)

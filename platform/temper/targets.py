@@ -22,6 +22,20 @@ def apply_target_folders(folders: Sequence[Path]) -> None:
             sys.path.append(folder)
 
 
+def forget_modules(folders: Sequence[Path]) -> None:
+    """Forget the modules that were imported from `folders`: the next import reads their files anew, wherever a module
+    of that name lies then."""
+    importlib.invalidate_caches()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        inside = Path(*name.split("."))
+        places = [
+            folder.absolute() / ending for folder in folders for ending in (f"{inside}.py", inside / "__init__.py")
+        ]
+        if file is not None and name.split(".")[0] != "temper" and Path(file) in places:
+            del sys.modules[name]
+
+
 def load_target(target: str, key: str) -> Callable[..., Any]:
     """Import `module:function` and return the function; the working directory is searched, too.
 

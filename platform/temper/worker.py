@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
@@ -46,7 +46,7 @@ from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
 from temper.products import complete_phase, read_phase
 from temper.run_folder import PHASE_MANIFEST, STAGES, STOP, TraceSpec, TraceTask, WorkerSpec
-from temper.targets import apply_target_folders
+from temper.targets import apply_target_folders, forget_modules
 from temper.techniques.distill.features import FeatureTaps
 from temper.techniques.distill.technique import Distillation, build_distillation
 from temper.techniques.dsd.border import begin_phase
@@ -84,13 +84,26 @@ class WarmWorker:
 
     def work(self, spec: WorkerSpec, port: Port) -> None:
         """As :func:`work`, in the process group that is there. Raises Interrupted where `port` asked for a stop."""
-        stage = _begin(spec, self.rank)
-        try:
+        with self.nothing_left(spec.import_folders):
+            stage = _begin(spec, self.rank)
             with _alone(spec, self.rank, stage):
                 _train_phases(_Worker(spec, self.rank, stage, self._kept, port), port.report)
+
+    @contextmanager
+    def nothing_left(self, import_folders: Sequence[str]) -> Iterator[None]:
+        """What happens in this block leaves nothing in this process that the next run could notice."""
+        path, threads = list(sys.path), torch.get_num_threads()
+        linear, fastpath = torch.nn.functional.linear, torch.backends.mha.get_fastpath_enabled()
+        try:
+            yield
         finally:
-            # Engines hold themselves in cycles.
-            gc.collect()
+            sys.path[:] = path
+            forget_modules([Path(folder) for folder in import_folders])
+            torch.set_num_threads(threads)
+            # DeepSpeed's ZeRO-3 puts one of its own in its place, and split attention switches the other off.
+            torch.nn.functional.linear = linear
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            gc.collect()  # engines hold themselves in cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -200,7 +200,8 @@ class DistinctOptunaSearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial without a finite number for each objective, as one that diverged, is worse than all others to TPE."""
-        measured = result is not None and all(is_measured(result, each) for each in self._config.objectives)
+        ended_well = result is not None and result.get("trial_status") not in ("failed", "diverged")
+        measured = ended_well and all(is_measured(result or {}, each) for each in self._config.objectives)
         super().on_trial_complete(self._asked[trial_id], result if measured else None, error)
 
 

@@ -7,44 +7,43 @@ holds the claims on phases, so that they end with it, and is the only writer of 
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from temper.config.load import load_job
-from temper.config.schema import JobConfig
-from temper.config.space import Params, SpaceConfig
-from temper.config.space_load import shown_params, trial_overrides
+from temper.config.space import Params
+from temper.config.space_load import shown_params
 from temper.errors import JobError, RunError
 from temper.files import read_json, write_json
 from temper.launch.forks import fork_params
-from temper.launch.phase_store import is_complete, keep_phase
-from temper.launch.rungs import RungClock
-from temper.launch.sweep.ledger import LEDGER, Ledger, LedgerTrial, find_trial, params_key
+from temper.launch.phase_store import keep_phase
+from temper.launch.sweep.ledger import LEDGER, Ledger, LedgerTrial, Result, find_trial, params_key
+from temper.launch.sweep.outcomes import phases_reused, refused_result, refused_view, trial_result, trial_view
 from temper.launch.sweep.phase_runs import PhaseRunner, Watcher, truncated
-from temper.launch.sweep.pool import Cancelled, Pool, Records, ray_train
+from temper.launch.sweep.pool import Cancelled, NoWorkersError, Pool, Records, ray_train
+from temper.launch.sweep.spec import SweepSpec
 from temper.launch.sweep.tasks import Assignment, Outcome
 from temper.launch.sweep.tracking import SweepTracking
 from temper.launch.sweep.trial import Answer, Mailbox, Trial, TrialFailed, TrialStopped
+from temper.launch.sweep.watchers import RunWatcher, TrialWatcher
 from temper.launch.teacher_runs import is_trained, teachers_of
-from temper.launch.teachers import plan_job
 from temper.launch.train import prepare_folders
 from temper.plan.build import Plan
-from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
-from temper.run_folder import PHASE_MANIFEST, RUN, WorkerSpec
+from temper.run_folder import RUN, WorkerSpec
 from temper.storage import storage_folder
-from temper.tracking.history import Histories, phase_histories, read_history
 from temper.tracking.mlflow_store import RunStatus, open_sweep
-from temper.tracking.sweep_progress import SweepView, TrialView
+from temper.tracking.sweep_progress import SweepView
 
 SWEEP_RUN = "sweep.json"
 """In the sweep's folder: its parent run in MLflow, and where that is."""
+
+_STOP_S = 300.0  # for all trials to save their state
 
 _MLFLOW_STATUS: dict[str, RunStatus] = {
     "finished": "FINISHED",
@@ -55,53 +54,20 @@ _MLFLOW_STATUS: dict[str, RunStatus] = {
 
 
 @dataclass(frozen=True)
-class SweepSpec:
-    """All that the coordinator is told. `overrides` are those of the command line, for every trial; `place` is the
-    sweep's folder in the storage; `ids` are those of the trials that are known beforehand, by their params' key.
-    `shared` is the number of phases that all trials have in common. `concurrency` counts worker groups."""
+class Session:
+    """One of Ray Tune's trials being at one of ours. A trial that was paused, or became another one, has a new one."""
 
-    space: SpaceConfig
-    job_file: Path
-    overrides: tuple[str, ...]
-    storage: str
-    place: str
-    uri: str
-    cluster: ClusterShape
-    import_folders: tuple[str, ...]
-    command: str
-    ids: dict[str, str]
-    clock: RungClock
-    concurrency: int
-    embedded: bool
-    texts: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        return storage_folder(self.storage) / self.place
-
-    @property
-    def decide(self) -> Literal["never", "rung", "phase"]:
-        """Where Ray Tune's scheduler decides on a trial."""
-        kind = self.space.scheduler.kind
-        return "rung" if kind in ("asha", "hyperband") else "phase" if kind == "pbt" else "never"
-
-    def trial_job(self, params: Params, trial: str) -> JobConfig:
-        """The ordinary job that a trial is. Raises JobError."""
-        overrides = [*trial_overrides(self.space, params), *self.overrides]
-        job = load_job(self.job_file, overrides)
-        storage = self.storage if self.space.reuse else str(self.folder / "alone" / trial)
-        tracking = job.tracking.model_copy(update={"uri": self.uri})
-        return job.model_copy(update={"storage": storage, "tracking": tracking})
-
-    def plan_trial(self, params: Params, trial: str) -> Plan:
-        plan = plan_job(self.trial_job(params, trial), self.cluster, self.job_file.parent)
-        return replace(plan, place=f"{self.place}/trials/{trial}" if self.space.reuse else "run")
+    token: str
+    trial: str
+    mailbox: Mailbox
 
 
 class Coordinator:
     """See the module. Methods are called from many threads, and those that wait come back after some seconds."""
 
     def __init__(self, spec: SweepSpec) -> None:
+        # An actor has a folder of its own, and relative paths in a job are of where the command was typed.
+        os.chdir(spec.working_folder)
         self._spec = spec
         self._pool = Pool(ray_train(spec.folder / "ray", embedded=spec.embedded), self._has_room)
         self._runner = PhaseRunner(self._pool, self._watch_teacher, self._say)
@@ -110,11 +76,12 @@ class Coordinator:
         self._kept = ExitStack()
         self._lock = threading.RLock()
         self._trials: dict[str, Trial] = {}
-        self._sessions: dict[str, tuple[str, Mailbox]] = {}
+        self._refused: dict[str, LedgerTrial] = {}
+        self._sessions: dict[str, Session] = {}
+        self._threads: list[threading.Thread] = []
         self._said: list[str] = []
         self._interrupted = False
         self._broken = ""
-        self._sources: dict[str, str] = {}
         self._began_s = time.time()
         self._steps_run = 0
         self._computed: dict[str, int] = {}
@@ -122,23 +89,27 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------- called by the ranks
 
+    def is_wanted(self, group: int) -> bool:
+        known = self._pool.group(group)
+        return known is not None and not known.is_closing
+
     def next_task(self, group: int, token: str, rank: int, after: int) -> Assignment | Literal["wait"] | None:
         known = self._pool.group(group)
         return None if known is None else known.next_task(token, rank, after)
 
-    def give_up(self, group: int, reason: str) -> None:
+    def report(self, group: int, token: str, number: int, phase: str, records: Records) -> bool:
         known = self._pool.group(group)
-        if known is not None:
-            known.give_up(reason)
-
-    def report(self, group: int, token: str, rank_number: int, phase: str, records: Records) -> bool:
-        known = self._pool.group(group)
-        return True if known is None else known.report(token, rank_number, phase, records)
+        return True if known is None else known.report(token, number, phase, records)
 
     def done(self, group: int, token: str, rank: int, number: int, outcome: Outcome) -> None:
         known = self._pool.group(group)
         if known is not None:
             known.done(token, rank, number, outcome)
+
+    def give_up(self, group: int, reason: str) -> None:
+        known = self._pool.group(group)
+        if known is not None:
+            known.give_up(reason)
 
     # ------------------------------------------------------------------------------------------ called by the driver
 
@@ -147,17 +118,16 @@ class Coordinator:
 
         Raises RunError where that fails.
         """
-        plan = replace(self._spec.plan_trial(first, "shared"), place=f"{self._spec.place}/shared")
-        shared = shared if self._spec.space.reuse else 0
-        teaching = teaching and self._spec.space.reuse
-        if not teaching or all(is_trained(teacher) for teacher in teachers_of(plan)):
+        plan = self._shared_plan(first)
+        reuse = self._spec.space.reuse
+        if not (teaching and reuse) or all(is_trained(teacher) for teacher in teachers_of(plan)):
             self._pool.begin(shape, self._spec.concurrency)
         try:
-            if teaching:
+            if teaching and reuse:
                 with self._watch_shared(plan) as watcher:
                     self._runner.teach(plan, self._spec.import_folders, watcher)
                 self._pool.begin(shape, self._spec.concurrency)
-            if shared:
+            if shared and reuse:
                 plan = truncated(plan, plan.phases[shared - 1])
                 with self._watch_shared(plan) as watcher:
                     self._runner.complete(plan, self._spec.import_folders, watcher)
@@ -167,15 +137,13 @@ class Coordinator:
         except Cancelled:
             return
 
-    def _watch_shared(self, plan: Plan) -> AbstractContextManager[Watcher]:
-        return self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted, is_counted=True)
-
     def view(self) -> tuple[SweepView, list[str]]:
         """What there is to be shown, and what was said since the last call."""
         with self._lock:
             said, self._said = self._said, []
-            trials = [self._view_of(trial) for trial in self._trials.values()]
-            reused = [phase for trial in self._trials.values() for phase in self._reused(trial)]
+            reused = [phase for trial in self._trials.values() for phase in phases_reused(trial)]
+            trials = [trial_view(trial, self._spec.clock) for trial in self._trials.values()]
+            trials += [refused_view(trial) for trial in self._refused.values()]
             view = SweepView(
                 name=self._spec.space.name,
                 objectives=tuple((each.metric, each.mode) for each in self._spec.space.objectives),
@@ -191,33 +159,64 @@ class Coordinator:
         return view, said
 
     def interrupt(self) -> None:
-        """Has every trial save its state and end."""
+        """Has every trial save its state and end; those that have not ended stay as they are."""
         self._interrupted = True
         with self._lock:
-            for _, mailbox in self._sessions.values():
-                mailbox.let_go()
+            for session in self._sessions.values():
+                session.mailbox.let_go()
 
     def recall(self, known: LedgerTrial) -> None:
         """Takes note of a trial that ended in an earlier attempt at the sweep."""
-        trial, _ = self._find(known.params)
-        trial.recall(known)
+        try:
+            trial, _ = self._find(known.params)
+            trial.recall(known)
+        except JobError:
+            self._refused[known.id] = known
 
-    def finish(self) -> dict[str, Any]:
-        """Once Ray Tune has ended: lets the workers go and completes the tree in MLflow. Returns what became of the
-        trials, by id, and which runs MLflow lacks."""
-        if not self._interrupted:
-            for trial in self._trials.values():
-                # What a scheduler paused and never went on with.
-                if not trial.is_over and not trial.at_work.locked():
-                    self._end(trial, "stopped", "")
+    def deliver_late(self, first: Params, shared: int) -> None:
+        """Gives MLflow the runs of ended trials that it could not take."""
+        if shared and self._spec.space.reuse:
+            plan = self._shared_plan(first)
+            self._deliver_late(
+                truncated(plan, plan.phases[shared - 1]), "shared", {"temper.kind": "shared"}, "FINISHED"
+            )
+        for trial in self._trials.values():
+            status = _MLFLOW_STATUS[trial.status]
+            self._deliver_late(trial.plan, self._run_name(trial), self._tags(trial), status)
+
+    def _deliver_late(self, plan: Plan, name: str, tags: dict[str, str], status: RunStatus) -> None:
+        if not (read_json(plan.run_folder / RUN) or {}).get("delivered"):
+            self._tracking.begin(plan, name, tags)
+            self._tracking.end(plan, status, {})
+
+    def finish(self, *, is_over: bool) -> dict[str, Any]:
+        """Lets the workers go and completes the tree in MLflow. `is_over`: Ray Tune has come to the end of its search.
+
+        Returns what became of the trials, in the order of their ids, and which run folders' runs MLflow lacks.
+        """
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.mailbox.let_go()
+        deadline = time.monotonic() + _STOP_S
+        for thread in self._threads:
+            thread.join(max(0.1, deadline - time.monotonic()))
+        for trial in self._trials.values():
+            if trial.is_over:
+                continue
+            if is_over and not self._interrupted:
+                # What a scheduler paused and never went on with, or what the time was up for.
+                self._end(trial, "stopped", "")
+            else:
+                self._tracking.end(trial.plan, "KILLED", {})
         stuck = self._pool.close()
         missing = self._tracking.close()
+        trials = [*map(trial_result, self._trials.values()), *map(refused_result, self._refused.values())]
         return {
-            "trials": [self._result_of(trial) for trial in sorted(self._trials.values(), key=lambda trial: trial.id)],
-            "parent_run_id": self._tracking.parent_id
-            or (read_json(self._spec.folder / SWEEP_RUN) or {}).get("run_id", ""),
+            "trials": sorted(trials, key=lambda trial: trial["id"]),
+            "parent_run_id": (read_json(self._spec.folder / SWEEP_RUN) or {}).get("run_id", ""),
             "phases_run": len(self._computed),
-            "phases_reused": sum(len(self._reused(trial)) for trial in self._trials.values()),
+            "phases_reused": sum(len(phases_reused(trial)) for trial in self._trials.values()),
             "steps_run": self._steps_run,
             "undelivered": missing,
             "broken": self._broken,
@@ -231,141 +230,181 @@ class Coordinator:
         """The params with which a trial goes on from the first phases of another: see :func:`fork_params`."""
 
         def phases_of(params: Params) -> list[str]:
-            return [phase.fingerprint for phase in self._spec.plan_trial(params, "fork").phases]
+            return [phase.fingerprint for phase in self._spec.plan(params, "fork").phases]
 
         return fork_params(self._spec.space, source, wanted, phases_of, phases_done)
 
-    def begin(self, session: str, params: Params) -> str:
-        """Ray Tune's trial `session` is now the one with these params; returns its id. What another session left of it
-        is gone on with."""
+    def begin(self, tuner: str, token: str, params: Params, after_step: int, is_fork: bool) -> None:
+        """Ray Tune's trial `tuner` is now at the trial with these params, in a session named `token`; it knows the
+        results until `after_step`. `is_fork`: it leaves the trial that it was."""
         with self._lock:
-            trial, known = self._find(params)
-            self.pause(session)
-            mailbox = Mailbox()
-            self._sessions[session] = (trial.id, mailbox)
-            if known is not None and known.end:
+            earlier, mailbox = self._sessions.get(tuner), Mailbox()
+            trial, known = self._find_or_refuse(params, mailbox)
+            if earlier is not None:
+                earlier.mailbox.let_go()
+                if is_fork and (trial is None or trial.id != earlier.trial):
+                    self._conclude(earlier.trial)
+            self._sessions[tuner] = Session(token, trial.id if trial is not None else "", mailbox)
+            if trial is None:
+                return
+            # A population is run again over the phases that are there, and comes to the same forks.
+            if known is not None and known.end and self._spec.decide != "phase":
                 self._replay(trial, known, mailbox)
-                return trial.id
+                return
             if self._interrupted:
                 mailbox.let_go()
-            thread = threading.Thread(target=self._work, args=(trial, mailbox), name=trial.id, daemon=True)
+            trial.sessions += 1
+            trial.is_concluded = False
+            thread = threading.Thread(target=self._work, args=(trial, mailbox, after_step), name=trial.id, daemon=True)
+            self._threads.append(thread)
             thread.start()
-            return trial.id
 
-    def next_result(self, session: str, number: int) -> Answer:
+    def next_result(self, tuner: str, token: str, number: int) -> Answer:
         """The session's result `number`; see :meth:`Mailbox.pull`."""
-        _, mailbox = self._sessions[session]
-        return mailbox.pull(number)
+        session = self._sessions.get(tuner)
+        if session is None or session.token != token:
+            return Answer("over", None, "stopped")
+        return session.mailbox.pull(number)
 
-    def pause(self, session: str) -> None:
+    def pause(self, tuner: str, token: str) -> None:
         """Nobody asks for the session's results any more: its trial has ended, or is paused."""
         with self._lock:
-            _, mailbox = self._sessions.get(session, ("", None))
-            if mailbox is not None:
-                mailbox.let_go()
+            session = self._sessions.get(tuner)
+            if session is not None and session.token == token:
+                session.mailbox.let_go()
 
-    def conclude(self, session: str) -> None:
+    def conclude(self, tuner: str) -> None:
         """Ray Tune's trial has ended: by itself, or because the scheduler stopped it for good."""
         with self._lock:
-            id, mailbox = self._sessions.pop(session, ("", None))
-            if mailbox is None:
-                return
-            mailbox.let_go()
-            trial = self._trials[id]
+            session = self._sessions.pop(tuner, None)
+            if session is not None:
+                session.mailbox.let_go()
+                self._conclude(session.trial)
+
+    def abandon(self, tuner: str) -> None:
+        """Ray Tune's trial was lost; ours may be gone on with."""
+        with self._lock:
+            session = self._sessions.pop(tuner, None)
+            if session is not None:
+                session.mailbox.let_go()
+
+    def _conclude(self, id: str) -> None:
+        trial = self._trials.get(id)
+        if trial is not None:
             trial.is_concluded = True
-            if not trial.is_over and not trial.at_work.locked() and not self._interrupted:
-                self._end(trial, "stopped", "")
+            self._stop_if_concluded(trial)
 
     # --------------------------------------------------------------------------------------------------------- trials
 
     def _find(self, params: Params) -> tuple[Trial, LedgerTrial | None]:
+        """Raises JobError where the trial's job is wrong."""
         known = find_trial(self._ledger.trials.values(), params)
-        id = known.id if known is not None else self._spec.ids.get(params_key(params)) or self._new_id()
+        id = known.id if known is not None else self._id_of(params)
         if id not in self._trials:
-            plan = self._spec.plan_trial(params, id)
-            self._check_sources(plan)
-            trial = self._trials[id] = Trial(id, params, plan, self._spec.clock, self._spec.decide)
-            trial.computed = list(known.computed) if known is not None else []
-            self._computed |= {
-                phase.fingerprint: phase.steps for phase in plan.phases if phase.fingerprint in trial.computed
-            }
+            plan = self._spec.plan(params, id)
             if known is None:
                 self._ledger.add(id, params=params)
+            trial = self._trials[id] = Trial(id, params, plan, self._spec.clock, self._spec.decide)
+            trial.computed = list(known.computed) if known is not None else []
+            own = [phase for phase in plan.phases if phase.fingerprint in trial.computed]
+            self._computed |= {phase.fingerprint: phase.steps for phase in own}
         return self._trials[id], known
 
-    def _check_sources(self, plan: Plan) -> None:
-        """The workers have imported the code behind `kind: python` targets, and would not see that it has changed."""
-        for target, digest in plan.phases[0].ingredients["sources"].items():
-            if self._sources.setdefault(target, digest) != digest and not self._broken:
-                self._broken = (
-                    f"the code of {target} changed during the sweep; the same command goes on with the new one"
-                )
-                self.interrupt()
+    def _find_or_refuse(self, params: Params, mailbox: Mailbox) -> tuple[Trial | None, LedgerTrial | None]:
+        try:
+            return self._find(params)
+        except JobError as error:
+            reason = "; ".join(map(str, error.problems))
+        known = find_trial(self._ledger.trials.values(), params)
+        id = known.id if known is not None else self._id_of(params)
+        if known is None:
+            self._ledger.add(id, params=params)
+        if not self._ledger.trials[id].end:
+            self._ledger.add(id, end="failed", reason=reason, seconds=0.0, time_to_first_step_s=None)
+        self._refused[id] = self._ledger.trials[id]
+        mailbox.end("failed", reason)
+        return None, None
 
-    def _new_id(self) -> str:
+    def _id_of(self, params: Params) -> str:
         taken = {*self._ledger.trials, *self._spec.ids.values()}
-        return next(f"t{number:03d}" for number in itertools.count() if f"t{number:03d}" not in taken)
+        new = (f"t{number:03d}" for number in itertools.count())
+        return self._spec.ids.get(params_key(params)) or next(id for id in new if id not in taken)
 
     def _replay(self, trial: Trial, known: LedgerTrial, mailbox: Mailbox) -> None:
         """A trial that ended before: its results are told again, and nothing is computed."""
-        self.recall(known)
+        trial.recall(known)
         for result in known.results:
             mailbox.put(result, decisive=False)
         mailbox.end(trial.status, trial.reason)
-        self._open_run(trial)
-        self._tracking.end(trial.plan, _MLFLOW_STATUS[trial.status], {"temper.trial.status": trial.status})
+        self._deliver_late(trial.plan, self._run_name(trial), self._tags(trial), _MLFLOW_STATUS[trial.status])
 
     def _open_run(self, trial: Trial) -> None:
+        if not self._spec.space.reuse:
+            _link_data(trial.plan, self._spec)
         # Also of a trial that computes nothing itself.
         prepare_folders(WorkerSpec(trial.plan, (), self._spec.import_folders))
         self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
 
-    def _work(self, trial: Trial, mailbox: Mailbox) -> None:
-        # A session of this trial that was paused may not be over yet.
-        with trial.at_work:
-            self._train(trial, mailbox)
+    def _work(self, trial: Trial, mailbox: Mailbox, after_step: int) -> None:
+        try:
+            self._open_run(trial)
+            watcher = TrialWatcher(self, trial, mailbox, after_step)
+            self._train(trial, watcher)
+        except Exception as error:
+            self._fail(trial, mailbox, "failed", f"{type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                trial.sessions -= 1
+                trial.pause()
+                self._stop_if_concluded(trial)
 
-    def _train(self, trial: Trial, mailbox: Mailbox) -> None:
-        watcher = _TrialWatcher(self, trial, mailbox)
+    def _train(self, trial: Trial, watcher: TrialWatcher) -> None:
         trial.begin()
-        self._open_run(trial)
         try:
             self._runner.complete(trial.plan, self._spec.import_folders, watcher)
-            watcher.know()
-            self._end(trial, "finished", "")
-            if watcher.last is not None:
-                watcher.put(watcher.last)
-            mailbox.end("finished")
+            self._finish_trial(trial, watcher)
         except (TrialStopped, Cancelled):
-            self._leave(trial, watcher)
+            if watcher.failure is not None:
+                self._fail(trial, watcher.mailbox, "diverged", str(watcher.failure))
+            elif not trial.is_over:
+                trial.status = "waiting"
+            # Of a trial that is paused nobody asks; where the sweep is interrupted somebody does.
+            watcher.mailbox.end("stopped")
         except TrialFailed as error:
-            self._fail(trial, mailbox, error.status, str(error))
+            self._fail(trial, watcher.mailbox, error.status, str(error))
+        except NoWorkersError as error:
+            self._broken = str(error)
+            self.interrupt()
+            watcher.mailbox.end("stopped")
+        except RunError as error:
+            self._fail(trial, watcher.mailbox, "failed", str(error))
         except JobError as error:
-            self._fail(trial, mailbox, "failed", "; ".join(map(str, error.problems)))
-        except Exception as error:
-            reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-            self._fail(trial, mailbox, "failed", reason)
-        finally:
-            trial.pause()
+            self._fail(trial, watcher.mailbox, "failed", "; ".join(map(str, error.problems)))
 
-    def _leave(self, trial: Trial, watcher: _TrialWatcher) -> None:
-        if watcher.failure is not None:
-            self._fail(trial, watcher.mailbox, "diverged", str(watcher.failure))
-            return
+    def _finish_trial(self, trial: Trial, watcher: TrialWatcher) -> None:
+        """First the ledger has the last result and the end, then Ray Tune is told."""
+        last = watcher.last
         with self._lock:
-            trial.status = "waiting"
-            if trial.is_concluded and not self._interrupted:
-                self._end(trial, "stopped", "")
-        # Of a trial that is paused nobody asks; where the sweep is interrupted somebody does.
-        watcher.mailbox.end("stopped")
+            if last is not None:
+                self.note_result(trial, last)
+            if not trial.is_over:
+                self._end(trial, "finished", "")
+        if last is not None and not watcher.mailbox.is_stopping:
+            watcher.mailbox.put(last, decisive=False)
+        watcher.mailbox.end("finished")
+
+    def _stop_if_concluded(self, trial: Trial) -> None:
+        if trial.is_concluded and trial.sessions == 0 and not trial.is_over and not self._interrupted:
+            self._end(trial, "stopped", "")
 
     def _fail(self, trial: Trial, mailbox: Mailbox, status: Literal["failed", "diverged"], reason: str) -> None:
-        self._end(trial, status, reason)
+        with self._lock:
+            if not trial.is_over:
+                self._end(trial, status, reason)
         mailbox.end(status, reason)
 
     def _end(self, trial: Trial, status: Literal["finished", "stopped", "failed", "diverged"], reason: str) -> None:
-        trial.status, trial.reason = status, reason
-        trial.pause()
+        trial.end(status, reason)
         first = trial.time_to_first_step_s
         self._ledger.add(trial.id, end=status, reason=reason, seconds=trial.seconds, time_to_first_step_s=first)
         tags = {"temper.trial.status": status, **({"temper.trial.reason": reason[:5000]} if reason else {})}
@@ -382,20 +421,29 @@ class Coordinator:
         with self._lock:
             self._steps_run += steps
 
-    def note_result(self, trial: Trial, result: dict[str, Any]) -> None:
+    def note_result(self, trial: Trial, result: Result) -> None:
         known = self._ledger.trials[trial.id]
         if not any(each["step"] == result["step"] for each in known.results):
             self._ledger.add(trial.id, result=result)
 
     # -------------------------------------------------------------------------------------------- what trials need
 
+    def _shared_plan(self, first: Params) -> Plan:
+        return replace(self._spec.plan(first, "shared"), place=f"{self._spec.place}/shared")
+
+    def _watch_shared(self, plan: Plan) -> AbstractContextManager[Watcher]:
+        return self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted, is_counted=True)
+
+    def _watch_teacher(self, plan: Plan, student: Watcher) -> AbstractContextManager[Watcher]:
+        return self._watch_run(plan, f"teacher {plan.job.name}", {"temper.kind": "teacher"}, student.is_cancelled)
+
     @contextmanager
     def _watch_run(
         self, plan: Plan, name: str, tags: dict[str, str], cancelled: Callable[[], bool], *, is_counted: bool = False
     ) -> Iterator[Watcher]:
         """A run beside the trials: tracked from when it begins to compute. `is_counted`: its phases are the trials'."""
-        note = self if is_counted else None
-        watcher = _RunWatcher(note, plan, lambda: self._tracking.begin(plan, name, tags), cancelled)
+        book = self if is_counted else None
+        watcher = RunWatcher(book, plan, lambda: self._tracking.begin(plan, name, tags), cancelled)
         status: RunStatus = "FAILED"
         try:
             yield watcher
@@ -406,9 +454,6 @@ class Coordinator:
         finally:
             if watcher.has_begun:
                 self._tracking.end(plan, status, {})
-
-    def _watch_teacher(self, plan: Plan, student: Watcher) -> AbstractContextManager[Watcher]:
-        return self._watch_run(plan, f"teacher {plan.job.name}", {"temper.kind": "teacher"}, student.is_cancelled)
 
     def _has_room(self, shapes: list[GroupShape]) -> bool:
         cluster = self._spec.cluster
@@ -421,10 +466,8 @@ class Coordinator:
         spec, file = self._spec, self._spec.folder / SWEEP_RUN
         known = read_json(file) or {}
         run_id = known.get("run_id") if known.get("uri") == spec.uri else None
-        job = next(iter(self._trials.values())).plan.job if self._trials else load_job(spec.job_file, spec.overrides)
-        job = job.model_copy(update={"storage": spec.storage})
         tags = {"temper.kind": "sweep", "temper.command": spec.command}
-        run_id = open_sweep(spec.uri, job, run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
+        run_id = open_sweep(spec.uri, spec.job({}), run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
         write_json(file, {"uri": spec.uri, "run_id": run_id})
         return run_id
 
@@ -439,144 +482,10 @@ class Coordinator:
         with self._lock:
             self._said.append(text)
 
-    # ------------------------------------------------------------------------------------------------------ results
 
-    def _reused(self, trial: Trial) -> list[PhasePlan]:
-        """Complete phases of the trial that it did not compute itself."""
-        phases = [phase for phase in trial.plan.phases if phase.last_step <= trial.step]
-        return [phase for phase in phases if phase.fingerprint not in trial.computed]
-
-    def _view_of(self, trial: Trial) -> TrialView:
-        return TrialView(
-            id=trial.id,
-            params=shown_params(trial.params),
-            status=trial.status,
-            phase=trial.phase,
-            step=trial.step,
-            steps=trial.plan.steps,
-            rung=trial.rung,
-            rungs=len(self._spec.clock.rungs),
-            metrics=dict(trial.metrics),
-            phases_run=len(trial.computed),
-            phases_reused=len(self._reused(trial)),
-            seconds=trial.elapsed_s,
-            reason=trial.reason,
-        )
-
-    def _result_of(self, trial: Trial) -> dict[str, Any]:
-        phases = []
-        for phase in trial.plan.phases:
-            manifest = read_json(trial.plan.phase_folder(phase) / PHASE_MANIFEST)
-            if manifest is None:
-                break
-            phases.append(
-                {
-                    "name": phase.name,
-                    "fingerprint": phase.fingerprint,
-                    "steps": phase.steps,
-                    "reused": phase.fingerprint not in trial.computed,
-                    "seconds": manifest["seconds"],
-                    "metrics": manifest["metrics"],
-                }
-            )
-        return {
-            "id": trial.id,
-            "run_id": (read_json(trial.plan.run_folder / RUN) or {}).get("run_id", ""),
-            "params": trial.params,
-            "status": trial.status,
-            "reason": trial.reason,
-            "metrics": trial.metrics,
-            "phases": phases,
-            "steps": trial.step,
-            "seconds": trial.seconds,
-            "time_to_first_step_s": trial.time_to_first_step_s,
-        }
-
-
-class _RunWatcher(Watcher):
-    """Writes the histories of a run beside the trials."""
-
-    def __init__(
-        self,
-        coordinator: Coordinator | None,
-        plan: Plan,
-        begin: Callable[[], None],
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._coordinator, self._begin, self._cancelled = coordinator, begin, cancelled
-        self._histories = Histories(phase_histories(plan))
-        self._plan = plan
-        self._step = 0
-        self.has_begun = False
-
-    def is_cancelled(self) -> bool:
-        return bool(self._cancelled())
-
-    def tell(self, state: Literal["waiting", "running"]) -> None:
-        if state == "running" and not self.has_begun:
-            self.has_begun = True
-            self._begin()
-
-    def report(self, phase: str, records: Records) -> bool:
-        self.store(phase, records)
-        return self.is_cancelled()
-
-    def store(self, phase: str, records: Records) -> Records:
-        """The records that are new."""
-        new = self._histories.append(phase, records)  # type: ignore[arg-type]
-        if new and self._coordinator is not None:
-            first = next(each.first_step for each in self._plan.phases if each.name == phase)
-            self._coordinator.note_steps(new[-1]["step"] - max(first, self._step))
-            self._step = new[-1]["step"]
-        return new  # type: ignore[return-value]
-
-    def computed(self, phase: PhasePlan) -> None:
-        if self._coordinator is not None:
-            self._coordinator.note_computed(phase, None)
-
-
-class _TrialWatcher(_RunWatcher):
-    """Tells a trial's results to Ray Tune as they come about."""
-
-    def __init__(self, coordinator: Coordinator, trial: Trial, mailbox: Mailbox) -> None:
-        super().__init__(coordinator, trial.plan, lambda: None, lambda: mailbox.is_stopping)
-        self._sweep, self._trial, self.mailbox = coordinator, trial, mailbox
-        self.decisive = trial.decisive_steps()
-        self.last: dict[str, Any] | None = None
-        self.failure: TrialFailed | None = None
-
-    def know(self) -> None:
-        """Tells what the histories have of the phases that are complete, and of the one that comes next."""
-        for phase, history in zip(self._trial.plan.phases, phase_histories(self._trial.plan), strict=True):
-            self._tell_results(phase, read_history(history.path))  # type: ignore[arg-type]
-            if not is_complete(self._trial.plan, phase):
-                break
-
-    def tell(self, state: Literal["waiting", "running"]) -> None:
-        self._trial.status = state
-
-    def report(self, phase: str, records: Records) -> bool:
-        try:
-            new = self.store(phase, records)
-            if new and self._trial.time_to_first_step_s is None:
-                self._trial.time_to_first_step_s = new[0]["time_ms"] / 1000 - self._trial.began_s
-            self._tell_results(next(each for each in self._trial.plan.phases if each.name == phase), new)
-        except TrialFailed as error:
-            self.failure = error
-        except TrialStopped:
-            pass
-        return self.failure is not None or self.is_cancelled()
-
-    def computed(self, phase: PhasePlan) -> None:
-        self._sweep.note_computed(phase, self._trial)
-
-    def _tell_results(self, phase: PhasePlan, records: Records) -> None:
-        for result in self._trial.results_of(phase, records):  # type: ignore[arg-type]
-            if result["done"]:
-                self.last = result  # told when the phase is complete
-            else:
-                self.put(result)
-
-    def put(self, result: dict[str, Any]) -> None:
-        self._sweep.note_result(self._trial, result)
-        self.mailbox.put(result, decisive=result["step"] in self.decisive)
+def _link_data(plan: Plan, spec: SweepSpec) -> None:
+    """Data that were brought into the storage are no phase: a trial that shares no phase reads them all the same."""
+    own, common = plan.job.storage_folder / "data", storage_folder(spec.storage) / "data"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if common.is_dir() and not own.exists():
+        own.symlink_to(common.absolute())

@@ -7,8 +7,6 @@ export. The same command goes on with a sweep that was broken off, and tells wha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import threading
 import time
@@ -19,35 +17,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from temper.config.load import load_job
-from temper.config.space import Params, SpaceConfig
-from temper.config.space_load import base_job, space_to_yaml, trial_overrides
+from temper.config.space import SpaceConfig
+from temper.config.space_load import space_to_yaml
 from temper.data.download import fetch_files
-from temper.errors import JobError, Problem, RunError, TemperError
+from temper.errors import RunError, TemperError
 from temper.files import read_json, write_json
-from temper.launch.cluster import RaySession, cluster_shape, node_rooms, prepare_environment
+from temper.launch.cluster import RaySession, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.ranking import best_trial, pareto_front
-from temper.launch.rungs import RungClock, check_rungs
-from temper.launch.sweep.coordinator import SWEEP_RUN, Coordinator, SweepSpec
+from temper.launch.sweep.coordinator import SWEEP_RUN, Coordinator
 from temper.launch.sweep.ledger import LEDGER, LedgerTrial, params_key, read_ledger
-from temper.launch.sweep.winner import close_tree, name_winner
-from temper.launch.teachers import plan_job
-from temper.launch.train import RunInterrupted, import_folders
+from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
+from temper.launch.sweep.spec import SweepSpec
+from temper.launch.sweep.winner import close_tree, log_outcome, name_winner
+from temper.launch.train import RunInterrupted
 from temper.locks import claimed
-from temper.plan.build import Plan
-from temper.plan.distill import CachePlan
-from temper.plan.room import plan_concurrency, shape_of
-from temper.plan.space import all_phases, check_corners, rung_phases, share_cache, share_teachers, shared_phases
-from temper.products import read_phase
+from temper.plan.room import shape_of
 from temper.run_folder import LOCK
-from temper.storage import absolute_storage, storage_folder
-from temper.tracking.mlflow_store import tracking_uri
+from temper.tracking.mlflow_store import RunStatus
 from temper.tracking.progress import DisplayMode
 from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_display, summary_table, winner_lines
 
 _LOOK_S = 0.3
-SPACE = "space.yaml"
 RESULT = "result.json"
 UNSTARTED = "left behind: nothing was started"
 
@@ -90,20 +81,6 @@ class SweepResult:
         return values
 
 
-@dataclass(frozen=True)
-class SweepPlan:
-    """What is known before anything starts. `trials` are all of them, in the order in which they are begun, where the
-    search does not depend on results; `plans` are theirs, else those of the space's corners."""
-
-    spec: SweepSpec
-    trials: list[Params] | None
-    plans: list[Plan]
-    first: Params
-    shared: int
-    teaching: bool
-    notes: tuple[str, ...]
-
-
 def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], options: SweepOptions) -> SweepResult:
     """Runs the sweep of a space file, or goes on with it. `overrides` are of the base job.
 
@@ -116,7 +93,7 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
     prepare_environment(options.address)
     with ExitStack() as stack:
         session = RaySession(options.address, stack)
-        plan = plan_sweep(space, file, overrides, options, session)
+        plan = plan_sweep(space, file, overrides, session, options.command)
         spec = plan.spec
         spec.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claimed(spec.folder / LOCK, f"the sweep {space.name}"))
@@ -130,153 +107,18 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
         known = read_ledger(spec.folder / LEDGER)
         done = read_json(spec.folder / RESULT) if _is_over(plan, known) else None
         if done is not None:
-            return _reused(spec, known, done, time.perf_counter() - started)
-        outcome, audit = _run(plan, known, session, display)
-        return _conclude(spec, outcome, audit, time.perf_counter() - started, display)
-
-
-def preview_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], options: SweepOptions) -> dict[str, Any]:
-    """What the sweep would do, for `temper sweep --dry-run`: everything is checked and planned, nothing is started.
-
-    `phases` and `steps` are those of all trials together, each phase once; `alone` are what they would be if each trial
-    trained its own; `stored` are phases that the phase store has. Of a search that depends on results the corners of
-    the space stand for its trials. Raises JobError with every problem found.
-    """
-    prepare_environment(options.address)
-    with ExitStack() as stack:
-        plan = plan_sweep(space, file, overrides, options, RaySession(options.address, stack))
-    every = [(phase, each.phase_folder(phase)) for each in plan.plans for phase in each.phases]
-    distinct = {phase.fingerprint: (phase, folder) for phase, folder in every}
-    return {
-        "name": space.name,
-        "folder": str(plan.spec.folder),
-        "trials": len(plan.plans) if plan.trials is not None else space.budget.trials,
-        "concurrency": plan.spec.concurrency,
-        "phases": len(distinct),
-        "steps": sum(phase.steps for phase, _ in distinct.values()),
-        "phases_alone": len(every),
-        "steps_alone": sum(phase.steps for phase, _ in every),
-        "phases_stored": sum(read_phase(folder) is not None for _, folder in distinct.values()),
-        "shared": [phase.name for phase in plan.plans[0].phases[: plan.shared]],
-        "rungs": [f"{phase} {share:g}" for phase, share in plan.spec.clock.rungs],
-        "notes": list(plan.notes),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------ the plan
-
-
-def plan_sweep(
-    space: SpaceConfig, file: Path, overrides: Sequence[str], options: SweepOptions, session: RaySession
-) -> SweepPlan:
-    """Checks the space, plans its corners, and lists its trials. Raises JobError with every problem found."""
-    job_file = base_job(file, space)
-    base = load_job(job_file, [*trial_overrides(space, {}), *overrides])
-    storage = absolute_storage(base.storage)
-    if not session.is_embedded:
-        session.start(storage_folder(storage) / "logs")
-    cluster = cluster_shape(options.address)
-    folder = job_file.parent
-
-    def plan_trial(params: Params) -> Plan:
-        job = load_job(job_file, [*trial_overrides(space, params), *overrides])
-        return plan_job(job.model_copy(update={"storage": storage}), cluster, folder)
-
-    corners = check_corners(space, plan_trial)
-    trials, duplicates = _list_trials(space)
-    plans = [plan_trial(params) for params in trials] if trials is not None else list(corners.plans)
-    _check_mode(plans)
-    shared = len(shared_phases(plans))
-    place = f"sweeps/{space.name}-{_fingerprint(space, base.model_dump(mode='json'))}"
-    ids: dict[str, str] = {}
-    if trials is not None:
-        width = max(3, len(str(len(trials) - 1)))
-        ids = {params_key(params): f"t{index:0{width}d}" for index, params in enumerate(trials)}
-        first = {
-            params_key(params): plan.phases[min(shared, len(plan.phases) - 1)].fingerprint
-            for params, plan in zip(trials, plans, strict=True)
-        }
-        trials = _order(trials, first)
-    shapes = {shape_of(plan) for plan in plans}
-    rooms = node_rooms(options.address)
-    concurrency = min(plan_concurrency(space.concurrency, rooms, shape, len(plans)) for shape in shapes)
-    spec = SweepSpec(
-        space=space,
-        job_file=job_file,
-        overrides=tuple(overrides),
-        storage=storage,
-        place=place,
-        uri=tracking_uri(base.model_copy(update={"storage": storage})),
-        cluster=cluster,
-        import_folders=import_folders(folder),
-        command=options.command,
-        ids=ids,
-        clock=_clock(space, plans),
-        concurrency=concurrency,
-        embedded=session.is_embedded,
-        texts={SPACE: space_to_yaml(space), "job.yaml": job_file.read_text()},
-    )
-    first_params = trials[0] if trials else corners.params[0]
-    teaching = share_teachers(plans) and (share_cache(plans) or not any(_cache_of(each) for each in plans))
-    counts = _notes(plans, duplicates, concurrency) if trials is not None else []
-    return SweepPlan(spec, trials, plans, first_params, shared, teaching, (*corners.notes, *counts))
-
-
-def _cache_of(plan: Plan) -> CachePlan | None:
-    return None if plan.distill is None else plan.distill.cache
-
-
-def _check_mode(plans: Sequence[Plan]) -> None:
-    if any(plan.job.parallel.mode != "synchronous" for plan in plans):
-        rule = "is not swept: its result depends on timing, so that no two trials can be compared"
-        raise JobError([Problem("parallel.mode", "parameter_server", rule, "use synchronous")])
-
-
-def _list_trials(space: SpaceConfig) -> tuple[list[Params] | None, int]:
-    """All trials, and how many of them were drawn twice; None where each is suggested after others' results."""
-    if space.search.kind == "tpe":
-        return None, 0
-    from temper.launch.search import expand_trials
-
-    return expand_trials(space)
-
-
-def _order(trials: list[Params], first: dict[str, str]) -> list[Params]:
-    """So that trials with the same first phase of their own, as `first` has it, do not come together."""
-    from temper.launch.search import order_trials
-
-    return order_trials(trials, lambda params: first[params_key(params)])
-
-
-def _clock(space: SpaceConfig, plans: Sequence[Plan]) -> RungClock:
-    phases, scheduler = all_phases(plans), space.scheduler
-    first = next(iter(rung_phases(plans)), phases[-1])
-    if scheduler.kind != "asha" and scheduler.kind != "hyperband":
-        return RungClock.of(phases, first)
-    clock = RungClock.of(phases, first, scheduler.rungs, scheduler.reduction_factor)
-    problems = check_rungs(clock, scheduler.rungs)
-    if problems:
-        raise JobError(problems)
-    return clock
-
-
-def _fingerprint(space: SpaceConfig, job: dict[str, Any]) -> str:
-    """What makes it another sweep: not how many trials run at once, nor where anything is kept."""
-    parts = [space.model_dump(mode="json", exclude={"concurrency", "winner"}), job]
-    for key in ("storage", "tracking"):
-        job.pop(key, None)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _notes(plans: Sequence[Plan], duplicates: int, concurrency: int) -> list[str]:
-    every = [phase for plan in plans for phase in plan.phases]
-    distinct = {phase.fingerprint: phase.steps for phase in every}
-    steps, alone = sum(distinct.values()), sum(phase.steps for phase in every)
-    saved = f"{len(distinct)} phases for {len(every)}, {steps:,} steps for {alone:,}"
-    notes = [f"{len(plans)} trials, {concurrency} at once: {saved}"]
-    if duplicates:
-        notes.append(f"{duplicates} more are the same as one of these")
-    return notes
+            return _reused(plan, known, done, started, display)
+        status: RunStatus = "FAILED"
+        try:
+            outcome, audit = _run(plan, known, session, display)
+            result = _conclude(spec, outcome, audit, time.perf_counter() - started, display)
+            status = "FINISHED"
+            return result
+        except RunInterrupted:
+            status = "KILLED"
+            raise
+        finally:
+            close_tree(spec, status, display)
 
 
 def _forget(spec: SweepSpec) -> None:
@@ -327,16 +169,17 @@ def _with_coordinator(
     plan: SweepPlan, known: Sequence[LedgerTrial], stop: threading.Event, display: SweepDisplay
 ) -> dict[str, Any]:
     import ray
+    from ray.exceptions import RayError
 
     spec = plan.spec
     ranks = max(shape_of(each).ranks for each in plan.plans)
     # Each rank and each of Ray Tune's trials may wait in a call.
     calls = 16 + spec.concurrency * (2 * ranks + 4)
-    options = {"num_cpus": 0, "max_concurrency": calls, "max_restarts": 0}
+    options = {"num_cpus": 0, "max_concurrency": calls, "max_restarts": 0, **_beside_the_driver()}
     coordinator = ray.remote(Coordinator).options(**options).remote(spec)
+    failures: list[BaseException] = []
+    work = threading.Thread(target=_search, args=(plan, known, coordinator, stop, failures), daemon=True)
     try:
-        failures: list[BaseException] = []
-        work = threading.Thread(target=_search, args=(plan, known, coordinator, stop, failures), daemon=True)
         display.stage(f"starting {_counted(spec.concurrency, 'worker group')}")
         work.start()
         while work.is_alive():
@@ -344,15 +187,28 @@ def _with_coordinator(
             _show(coordinator, display)
             if stop.is_set():
                 ray.get(coordinator.interrupt.remote())
-        outcome: dict[str, Any] = ray.get(coordinator.finish.remote())
+        outcome: dict[str, Any] = ray.get(coordinator.finish.remote(is_over=not failures and not stop.is_set()))
         _show(coordinator, display)
-        if outcome["broken"]:
-            raise RunError(outcome["broken"])
-        if failures and not stop.is_set():
-            raise _cause(failures[0])
-        return outcome
+    except RayError as error:
+        raise _cause(failures[0] if failures else error) from error
     finally:
         ray.kill(coordinator)
+    if outcome["broken"]:
+        raise RunError(outcome["broken"])
+    if failures and not stop.is_set():
+        raise _cause(failures[0])
+    return outcome
+
+
+def _beside_the_driver() -> dict[str, Any]:
+    """The coordinator reads and writes the driver's files, and its claims are locks on them."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if ray.util.client.ray.is_connected():
+        return {}  # the driver is on no node
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _search(
@@ -417,14 +273,25 @@ def _stop_on_signal(display: SweepDisplay) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _reused(spec: SweepSpec, known: Sequence[LedgerTrial], done: dict[str, Any], seconds: float) -> SweepResult:
-    """A sweep that has come to its end: nothing is started."""
+def _reused(
+    plan: SweepPlan, known: Sequence[LedgerTrial], done: dict[str, Any], started: float, display: SweepDisplay
+) -> SweepResult:
+    """A sweep that has come to its end: nothing is started; what MLflow could not take then, it is given now."""
+    spec = plan.spec
     coordinator = Coordinator(spec)
     for trial in known:
         coordinator.recall(trial)
-    view = coordinator.finish()["view"]
-    result = SweepResult(**{**done, "status": "reused", "seconds": seconds, "steps_run": 0, "left_behind": UNSTARTED})
-    return replace(result, summary=tuple(_summary(spec, view, result)))
+    if done["undelivered"]:
+        coordinator.deliver_late(plan.first, plan.shared)
+    outcome = coordinator.finish(is_over=True)
+    news = {"undelivered": outcome["undelivered"], "parent_run_id": outcome["parent_run_id"], "steps_run": 0}
+    seconds = time.perf_counter() - started
+    result = SweepResult(**{**done, **news, "status": "reused", "seconds": seconds, "left_behind": UNSTARTED})
+    if done["undelivered"]:
+        log_outcome(spec, result, display)
+        close_tree(spec, "FINISHED", display)
+        write_json(spec.folder / RESULT, {**done, **news})
+    return replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
 
 
 # ------------------------------------------------------------------------------------------------------------- the end
@@ -438,7 +305,7 @@ def _conclude(
     finished = [trial for trial in trials if trial["status"] == "finished"]
     metrics = [trial["metrics"] for trial in finished]
     index = best_trial(metrics, space.objectives[0])
-    best = None if index is None else {**finished[index], "overrides": _overrides(spec, finished[index]["params"])}
+    best = None if index is None else {**finished[index], "overrides": spec.job_overrides(finished[index]["params"])}
     front = (
         [finished[each]["id"] for each in pareto_front(metrics, space.objectives)] if len(space.objectives) > 1 else []
     )
@@ -462,7 +329,7 @@ def _conclude(
     )
     if best is not None:
         result = replace(result, best=name_winner(spec, best, display))
-    close_tree(spec, result, display)
+    log_outcome(spec, result, display)
     result = replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
     write_json(spec.folder / RESULT, result.to_dict())
     return result
@@ -484,11 +351,6 @@ def _summary(spec: SweepSpec, view: SweepView, result: SweepResult) -> list[str]
         [f"MLflow lacks {len(result.undelivered)} runs; the same command delivers them"] if result.undelivered else []
     )
     return [*lines, result.left_behind]
-
-
-def _overrides(spec: SweepSpec, params: Params) -> list[str]:
-    """What makes the base job this trial."""
-    return [*trial_overrides(spec.space, params), *spec.overrides]
 
 
 def _counted(count: int, what: str) -> str:

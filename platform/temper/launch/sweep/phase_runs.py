@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from temper.errors import RunError
@@ -22,9 +22,11 @@ from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
 from temper.plan.room import shape_of
 from temper.run_folder import LOCK, WorkerSpec
+from temper.storage import is_remote
 from temper.techniques.distill.cache_files import Piece
 
 _HELD_S = 0.05
+_HELD_REMOTE_S = 2.0
 
 
 class Watcher:
@@ -56,6 +58,8 @@ class PhaseRunner:
     pool: Pool
     watch_teacher: Callable[[Plan, Watcher], AbstractContextManager[Watcher]]
     say: Callable[[str], None]
+    cached: set[str] = field(default_factory=set)
+    """Caches that are there, by key: to look whether one is sound takes reading it."""
 
     def complete(self, plan: Plan, import_folders: tuple[str, ...], watcher: Watcher) -> None:
         """Returns when all phases of the plan are in the phase store.
@@ -103,7 +107,8 @@ class PhaseRunner:
                     if is_complete(plan, phase):
                         watcher.computed(phase)
         except HeldError:
-            time.sleep(_HELD_S)
+            # A claim in a bucket is a second's work.
+            time.sleep(_HELD_REMOTE_S if is_remote(plan.job.storage) else _HELD_S)
             return None
         if outcome.kind == "failed":
             raise RunError(outcome.reason)
@@ -124,7 +129,7 @@ class PhaseRunner:
 
     def _make_cache(self, plan: Plan, import_folders: tuple[str, ...], watcher: Watcher) -> None:
         """By the worker groups, which hold the processors that Ray Data would wait for."""
-        if plan.distill is None or plan.distill.cache is None:
+        if plan.distill is None or plan.distill.cache is None or plan.distill.cache.key in self.cached:
             return
 
         def ask(pieces: Sequence[Piece]) -> None:
@@ -140,6 +145,7 @@ class PhaseRunner:
 
         watcher.tell("waiting")
         make_cache(plan, import_folders, self.say, ask)
+        self.cached.add(plan.distill.cache.key)
 
 
 def truncated(plan: Plan, last: PhasePlan) -> Plan:

@@ -20,6 +20,7 @@ from temper.plan.room import GroupShape
 
 _ANSWER_S = 5.0  # longest wait in one call of a rank, which then calls again
 _MOST_STARTS = 20  # of one group; each but the first because a worker died
+_MOST_FAILED_STARTS = 2
 _CLOSE_S = 20.0
 _CLOSED = "it was closed"
 
@@ -28,6 +29,10 @@ OnReport = Callable[[str, Records], bool]
 """Takes a phase's name and records; whether the training is to stop."""
 Fit = Callable[[int, GroupShape], None]
 """Runs a worker group of this number and shape until it has no more tasks."""
+
+
+class NoWorkersError(RunError):
+    """Worker groups fail before they take a task, so that no trial can be trained."""
 
 
 class Cancelled(Exception):
@@ -43,9 +48,10 @@ class _Attempt:
 
     def outcome(self, ranks: int) -> Outcome | None:
         """None while it runs."""
-        failed = next((each for each in self.outcomes.values() if each.kind == "failed"), None)
-        if failed is not None:
-            return failed
+        for kind in ("failed", "lost"):
+            told = next((each for each in self.outcomes.values() if each.kind == kind), None)
+            if told is not None:
+                return told
         if len(self.outcomes) == ranks:
             return self.outcomes[0]
         return Outcome("lost", self.lost) if self.lost else None
@@ -61,7 +67,7 @@ class WorkerGroup:
         self.token = ""
         self._attempt: _Attempt | None = None
         self._closing = False
-        self._given_up = ""
+        self._given_up = self._dead = ""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._fit, args=(fit,), name=f"group-{number}", daemon=True)
         self._thread.start()
@@ -94,7 +100,7 @@ class WorkerGroup:
 
     def next_task(self, token: str, rank: int, after: int) -> Assignment | Literal["wait"] | None:
         with self._changed:
-            if token != self.token and rank == 0:
+            if token not in (self.token, self._dead) and rank == 0:
                 self._lose("a worker was lost")
                 self.token = token
                 self._changed.notify_all()
@@ -129,7 +135,8 @@ class WorkerGroup:
     def perform(self, assignment: Assignment, on_report: OnReport) -> Outcome:
         """Has the task done, and waits for it."""
         with self._changed:
-            attempt = self._attempt = _Attempt(assignment, on_report)
+            attempt, token = _Attempt(assignment, on_report), self.token
+            self._attempt = attempt
             if self.ended is not None:
                 self._lose(f"worker group {self.number} ended: {self.ended}")
             self._changed.notify_all()
@@ -137,6 +144,9 @@ class WorkerGroup:
             self._attempt = None
             outcome = attempt.outcome(self.shape.ranks)
             assert outcome is not None, "it was waited for"
+            if outcome.kind in ("failed", "lost") and self.shape.ranks > 1 and self.token == token:
+                # Its ranks cannot go on together; Ray Train starts them anew, unless it has done so already.
+                self._dead, self.token = token, ""
             return outcome
 
     def close(self) -> None:
@@ -167,7 +177,8 @@ class Pool:
 
     @property
     def num_groups(self) -> int:
-        return sum(group.ended is None for group in self._groups.values())
+        with self._changed:
+            return len(self._alive())
 
     def begin(self, shape: GroupShape, count: int) -> None:
         """Starts groups before they are needed, until there are `count` of this shape or there is no room for more.
@@ -205,12 +216,12 @@ class Pool:
 
     def close(self) -> list[int]:
         """Lets all groups go; the numbers of those that did not end in time."""
-        for group in self._groups.values():
+        with self._changed:
+            groups = dict(self._groups)
+        for group in groups.values():
             group.close()
         deadline = time.monotonic() + _CLOSE_S
-        return [
-            number for number, group in self._groups.items() if not group.join(max(0.1, deadline - time.monotonic()))
-        ]
+        return [number for number, group in groups.items() if not group.join(max(0.1, deadline - time.monotonic()))]
 
     def _take(self, shape: GroupShape, cancelled: Callable[[], bool]) -> WorkerGroup:
         with self._changed:
@@ -221,6 +232,7 @@ class Pool:
                 group = self._idle(shape)
                 if group is not None:
                     self._busy.add(group.number)
+                    self._failed_starts = 0
                     return group
                 self._make_room(shape)
                 # Cancelling and the end of a group notify nobody here.
@@ -240,12 +252,14 @@ class Pool:
             del self._groups[number]
             if not group.token and group.ended != _CLOSED:
                 self._failed_starts += 1
-                if self._failed_starts > 2:
-                    raise RunError(f"no worker group comes up: {group.ended}")
+                if self._failed_starts > _MOST_FAILED_STARTS:
+                    raise NoWorkersError(f"no worker group comes up: {group.ended}")
 
     def _make_room(self, shape: GroupShape) -> None:
         alive = self._alive()
-        waiting = [group for group in alive if group.shape == shape and group.number not in self._busy]
+        waiting = [
+            group for group in alive if group.shape == shape and group.number not in self._busy and not group.is_closing
+        ]
         if waiting:
             return
         shapes = [group.shape for group in alive]

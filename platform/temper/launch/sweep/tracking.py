@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from temper.config.load import job_to_yaml
@@ -34,11 +34,14 @@ _CLOSE_S = 60.0
 
 @dataclass
 class _Child:
+    """A run that MLflow is given; `delivery` is None until it is open, `status` until it has ended."""
+
     plan: Plan
-    run_id: str
-    delivery: Delivery
+    name: str
+    tags: dict[str, str]
+    run_id: str = ""
+    delivery: Delivery | None = None
     status: RunStatus | None = None
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 class SweepTracking:
@@ -84,38 +87,46 @@ class SweepTracking:
                     _kept_quiet(lambda key=key: self._deliver(key))  # type: ignore[misc]
 
     def _begin(self, plan: Plan, name: str, tags: dict[str, str]) -> None:
-        self.parent_id = self.parent_id or self._parent()
-        plan.run_folder.mkdir(parents=True, exist_ok=True)
-        known = read_json(plan.run_folder / RUN) or {}
-        run_id = known.get("run_id") if known.get("uri") == self._uri else None
-        tags = {"mlflow.parentRunId": self.parent_id, **tags}
-        run_id = open_run(
-            self._uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=self._command, name=name, tags=tags
-        )
-        write_json(plan.run_folder / RUN, {"uri": self._uri, "run_id": run_id, "open": True})
-        delivery = Delivery(phase_histories(plan), lambda phase: [], lambda: RunMetrics(self._uri, run_id))
-        self._children[str(plan.run_folder)] = _Child(plan, run_id, delivery)
+        self._children[str(plan.run_folder)] = _Child(plan, name, tags)
+        self._deliver(str(plan.run_folder))
 
     def _end(self, plan: Plan, status: RunStatus, tags: dict[str, str]) -> None:
         child = self._children.get(str(plan.run_folder))
-        if child is None:
-            return
-        child.status, child.tags = status, tags
-        self._deliver(str(plan.run_folder))
+        if child is not None:
+            child.status, child.tags = status, {**child.tags, **tags}
+            self._deliver(str(plan.run_folder))
 
     def _deliver(self, key: str) -> None:
+        """Whatever fails here is tried again at the next look."""
         child = self._children[key]
+        child.delivery = child.delivery or self._open(child)
         child.delivery.deliver()
         if child.status is None:
             return
-        log_tags(
-            self._uri, child.run_id, {**phase_tags(child.plan, child.run_id), **teacher_tags(child.plan), **child.tags}
-        )
-        if close_run(self._uri, child.run_id, child.status):
-            record = {"uri": self._uri, "run_id": child.run_id, "open": False, "delivered": True}
-            write_json(child.plan.run_folder / RUN, record)
-            publish_run(child.plan.run_folder, child.plan.job.storage_folder)
+        plan, run_id = child.plan, child.run_id
+        log_tags(self._uri, run_id, {**phase_tags(plan, run_id), **teacher_tags(plan), **child.tags})
+        if close_run(self._uri, run_id, child.status):
+            write_json(plan.run_folder / RUN, {"uri": self._uri, "run_id": run_id, "open": False, "delivered": True})
+            publish_run(plan.run_folder, plan.job.storage_folder)
             del self._children[key]
+
+    def _open(self, child: _Child) -> Delivery:
+        self.parent_id = self.parent_id or self._parent()
+        plan = child.plan
+        plan.run_folder.mkdir(parents=True, exist_ok=True)
+        known = read_json(plan.run_folder / RUN) or {}
+        run_id = open_run(
+            self._uri,
+            plan,
+            run_id=known.get("run_id") if known.get("uri") == self._uri else None,
+            job_yaml=job_to_yaml(plan.job),
+            command=self._command,
+            name=child.name,
+            tags={"mlflow.parentRunId": self.parent_id, **child.tags},
+        )
+        child.run_id = run_id
+        write_json(plan.run_folder / RUN, {"uri": self._uri, "run_id": run_id, "open": True})
+        return Delivery(phase_histories(plan), lambda phase: [], lambda: RunMetrics(self._uri, run_id))
 
 
 def _kept_quiet(order: Callable[[], Any]) -> None:

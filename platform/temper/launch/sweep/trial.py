@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +17,11 @@ from temper.tracking.history import Record
 
 Status = Literal["pending", "waiting", "running", "stopped", "finished", "failed", "diverged"]
 
+_FP16_BAD_LOSSES = 20
 _PULL_S = 5.0  # longest wait in one call of Ray Tune's trial, which then calls again
 
 
-_PLACE = frozenset(("step", "phase", "phase_share", "phases_done", "place", "rung", "rung_time", "done"))
+_PLACE = frozenset(("step", "phase_name", "phase_share", "phases_done", "place", "rung", "rung_time", "done"))
 
 
 class TrialStopped(Exception):
@@ -96,6 +97,24 @@ class Mailbox:
             self._changed.notify_all()
 
 
+class Finiteness:
+    """Looks at records in their order. With fp16 single losses that are not finite belong to skipped steps."""
+
+    def __init__(self, dtype: str) -> None:
+        self._most = _FP16_BAD_LOSSES if dtype == "fp16" else 1
+        self._in_row = 0
+
+    def check(self, record: Record) -> None:
+        """Raises TrialFailed for an evaluation that is not finite, and for losses that stay so."""
+        metrics = record["metrics"]
+        bad = [name for name, value in metrics.items() if name.startswith("eval/") and not math.isfinite(value)]
+        self._in_row = 0 if math.isfinite(metrics.get("train/loss", 0.0)) else self._in_row + 1
+        if self._in_row >= self._most:
+            bad.append("train/loss")
+        if bad:
+            raise TrialFailed("diverged", f"step {record['step']}: {', '.join(bad)} is not finite")
+
+
 class Trial:
     """A configuration, its plan, and how far it is."""
 
@@ -105,10 +124,11 @@ class Trial:
         self.id, self.params, self.plan, self._clock, self._decide = id, params, plan, clock, decide
         self.status: Status = "pending"
         self.reason = ""
+        self.sessions = 0
+        """Of Ray Tune's, that are at it: a clone in a population may be what another one is."""
         self.is_concluded = False
         """Whether Ray Tune has ended the trial."""
         self.computed: list[str] = []
-        self.steps_run = 0
         self.step = 0
         self.phase = plan.phases[0].name
         self.metrics: dict[str, float] = {}
@@ -116,10 +136,9 @@ class Trial:
         self.began_s = time.time()
         self.seconds = 0.0
         self._is_running = False
+        self._given_s = 0.0
         self.time_to_first_step_s: float | None = None
-        self.at_work = threading.Lock()
-        self._told_step = 0
-        self._bad_losses = 0
+        """Since a worker group began with it."""
 
     @property
     def is_over(self) -> bool:
@@ -130,6 +149,19 @@ class Trial:
 
     def pause(self) -> None:
         self.seconds, self._is_running = self.elapsed_s, False
+
+    def end(self, status: Literal["finished", "stopped", "failed", "diverged"], reason: str) -> None:
+        self.pause()
+        self.status, self.reason = status, reason
+
+    def note_worker(self) -> None:
+        """A worker group begins with it."""
+        self._given_s = time.time()
+
+    def note_first_step(self, at_s: float) -> None:
+        """A step was taken, at this Unix time; the first one counts."""
+        if self.time_to_first_step_s is None:
+            self.time_to_first_step_s = at_s - self._given_s
 
     @property
     def elapsed_s(self) -> float:
@@ -142,7 +174,7 @@ class Trial:
         self.seconds, self.time_to_first_step_s = known.seconds, known.time_to_first_step_s
         if known.results:
             last = known.results[-1]
-            self.step, self.phase, self.rung = last["step"], last["phase"], last["rung"]
+            self.step, self.phase, self.rung = last["step"], last["phase_name"], last["rung"]
             self.metrics = {name: value for name, value in last.items() if name not in _PLACE}
 
     def decisive_steps(self) -> frozenset[int]:
@@ -160,17 +192,17 @@ class Trial:
                 passed = rung
         return frozenset(steps)
 
-    def results_of(self, phase: PhasePlan, records: list[Record]) -> list[Result]:
-        """The results in these records that Ray Tune has not been told yet. Raises TrialFailed where the trial has
-        diverged."""
-        results = []
+    def results_of(
+        self, phase: PhasePlan, records: Iterable[Record], after_step: int, finiteness: Finiteness
+    ) -> Iterator[Result]:
+        """The results in these records after a step, each when it is asked for: the trial is as far as its last one.
+        Raises TrialFailed where the trial has diverged."""
         for record in records:
-            self._check_finite(record)
-            self.step, self.phase = max(self.step, record["step"]), phase.name
-            if record["step"] > self._told_step and any(name.startswith("eval/") for name in record["metrics"]):
-                self._told_step = record["step"]
-                results.append(self._result(phase, record))
-        return results
+            finiteness.check(record)
+            if record["step"] > after_step:
+                self.step, self.phase = max(self.step, record["step"]), phase.name
+                if any(name.startswith("eval/") for name in record["metrics"]):
+                    yield self._result(phase, record)
 
     def _result(self, phase: PhasePlan, record: Record) -> Result:
         share = _share(phase, record["step"])
@@ -181,7 +213,7 @@ class Trial:
         return {
             **self.metrics,
             "step": record["step"],
-            "phase": phase.name,
+            "phase_name": phase.name,
             "phase_share": share,
             "phases_done": self.plan.phases.index(phase) + (share == 1.0),
             "place": self.plan.phases.index(phase) + share,
@@ -189,17 +221,6 @@ class Trial:
             "rung_time": self._clock.time(rung),
             "done": record["step"] == self.plan.steps,
         }
-
-    def _check_finite(self, record: Record) -> None:
-        """An evaluation that is not finite, or losses that stay so: with fp16 single ones belong to skipped steps."""
-        metrics = record["metrics"]
-        bad = [name for name, value in metrics.items() if name.startswith("eval/") and not math.isfinite(value)]
-        self._bad_losses = 0 if math.isfinite(metrics.get("train/loss", 0.0)) else self._bad_losses + 1
-        most = 20 if self.plan.job.precision.dtype == "fp16" else 1
-        if self._bad_losses >= most:
-            bad.append("train/loss")
-        if bad:
-            raise TrialFailed("diverged", f"step {record['step']}: {', '.join(bad)} is not finite")
 
 
 def _evaluations(phase: PhasePlan, every: int) -> list[int]:

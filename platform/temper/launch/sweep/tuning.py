@@ -17,9 +17,9 @@ from temper.config.space import Params
 from temper.console import quieten
 from temper.launch.schedulers import TRIAL_RESOURCES, build_scheduler, limited_trials, tune_environment
 from temper.launch.search import build_search
-from temper.launch.sweep.coordinator import SweepSpec
 from temper.launch.sweep.ledger import LedgerTrial
 from temper.launch.sweep.proxy import TrialProxy
+from temper.launch.sweep.spec import SweepSpec
 
 # Ray Tune would put these of the driver into its actors' description, where Ray's own pages show them; the actors need
 # none, and the workers have their machine's.
@@ -56,7 +56,8 @@ class Ends(_Private, tune.Callback):
         self._coordinator.conclude.remote(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._coordinator.conclude.remote(trial.trial_id)
+        # Its actor was lost: the trial is as it was, and the next command goes on with it.
+        self._coordinator.abandon.remote(trial.trial_id)
 
 
 def run_tune(
@@ -69,7 +70,8 @@ def run_tune(
     """Runs all trials: `trials`, or what the searcher suggests; those that are `known` come first, with what is known
     of them."""
     space = spec.space
-    begun = [trial.params for trial in known]
+    # A population is run again from its start, over the phases that are there, and comes to the same forks.
+    begun = [] if spec.decide == "phase" else [trial.params for trial in known]
     search = build_search(space, trials or (), begun, spec.concurrency)
     os.environ.update(tune_environment(space, search.num_samples))
     quieten("ray.tune", logging.CRITICAL)

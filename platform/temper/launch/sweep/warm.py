@@ -18,6 +18,7 @@ import ray
 
 from temper.launch.sweep.tasks import AskTask, Assignment, Outcome, Task, TrainTask
 from temper.loop import Interrupted
+from temper.tracking.failures import is_lost_peer
 from temper.worker import Port, Record, WarmWorker, process_group
 
 
@@ -25,6 +26,8 @@ def serve(config: dict[str, Any]) -> None:
     """What Ray Train runs in each rank. `config`: `group` (its number), `coordinator` (the actor), `device`."""
     coordinator, group, device = config["coordinator"], config["group"], config["device"]
     with ExitStack() as stack:
+        if not ray.get(coordinator.is_wanted.remote(group)):
+            return
         try:
             worker = WarmWorker(device)
             stack.enter_context(process_group(device))
@@ -32,7 +35,7 @@ def serve(config: dict[str, Any]) -> None:
         except Exception as error:
             # It would end like this every time that Ray Train starts it anew.
             ray.get(coordinator.give_up.remote(group, f"{type(error).__name__}: {error}"))
-            return
+            raise
         Service(coordinator, group, token, worker).run(int(os.environ["WORLD_SIZE"]))
 
 
@@ -46,7 +49,7 @@ class Service:
             number = assignment.number
             outcome = self._do(assignment)
             self._call("done", self._worker.rank, number, outcome)
-            if outcome.kind == "failed" and world_size > 1:
+            if outcome.kind in ("failed", "lost") and world_size > 1:
                 raise RuntimeError(f"task {number}: {outcome.reason}")
 
     def _next(self, after: int) -> Assignment | None:
@@ -66,8 +69,8 @@ class Service:
             return Outcome("interrupted")
         except Exception as error:
             traceback.print_exc()
-            kind = type(error).__name__
-            return Outcome("failed", f"rank {self._worker.rank}: {kind}: {error}")
+            reason = f"rank {self._worker.rank}: {type(error).__name__}: {error}"
+            return Outcome("lost" if is_lost_peer(error) else "failed", reason)
 
     def _perform(self, number: int, task: Task) -> None:
         if isinstance(task, TrainTask):
@@ -79,9 +82,10 @@ class Service:
     def _ask(self, task: AskTask) -> None:
         from temper.launch.asker import Asker
 
-        asker = Asker(task.plan, task.import_folders)
-        for piece in task.pieces[self._worker.rank :: int(os.environ["WORLD_SIZE"])]:
-            asker.write(piece)
+        with self._worker.nothing_left(task.import_folders):
+            asker = Asker(task.plan, task.import_folders)
+            for piece in task.pieces[self._worker.rank :: int(os.environ["WORLD_SIZE"])]:
+                asker.write(piece)
 
 
 class ReportPort(Port):

@@ -3,15 +3,19 @@ repeat it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from temper.errors import RunError, TemperError
 from temper.files import read_json, write_json
+from temper.launch.phase_store import keep_phase
 from temper.launch.registering import register_product
-from temper.launch.sweep.coordinator import SweepSpec
+from temper.launch.sweep.coordinator import SWEEP_RUN
+from temper.launch.sweep.spec import SweepSpec
+from temper.products import find_storage
+from temper.run_folder import PHASES
 from temper.storage import storage_folder
-from temper.tracking.mlflow_store import close_run, log_results
+from temper.tracking.mlflow_store import RunStatus, close_run, log_results
 from temper.tracking.sweep_progress import SweepDisplay
 
 if TYPE_CHECKING:
@@ -33,8 +37,11 @@ def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) ->
         # Only now: it imports torch.
         from temper.export import export_product, find_product
 
-        product = find_product(str(trial_folder(spec, best["id"])), storage_folder(spec.storage))
-        export_product(product, folder)
+        run_folder = spec.run_folder(best["id"])
+        with ExitStack() as kept:
+            keep_phase(find_storage(run_folder) / PHASES / best["phases"][-1]["fingerprint"], kept)
+            product = find_product(str(run_folder), storage_folder(spec.storage))
+            export_product(product, folder)
         if best["run_id"]:
             name = spec.space.winner.register_as or spec.space.name
             version = register_product(product, folder, name, spec.space.winner.alias)
@@ -46,10 +53,8 @@ def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) ->
         return {**best, "folder": "", "registered": ""}
 
 
-def close_tree(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> None:
-    """Gives the parent run its end: what came of the sweep."""
-    if not result.parent_run_id:
-        return
+def log_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> None:
+    """Tells the parent run what came of the sweep."""
     best, objective = result.best, spec.space.objectives[0]
     metrics = {"sweep/phases_run": float(result.phases_run), "sweep/phases_reused": float(result.phases_reused)}
     tags = {"temper.sweep.left_behind": result.left_behind}
@@ -57,12 +62,15 @@ def close_tree(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> N
         metrics[f"best/{objective.metric}"] = best["metrics"][objective.metric]
         tags |= {"temper.best.trial": best["id"], "temper.best.run_id": best["run_id"]}
         tags["temper.best.overrides"] = " ".join(best["overrides"])
-    try:
-        log_results(spec.uri, result.parent_run_id, metrics, tags)
-        close_run(spec.uri, result.parent_run_id, "FINISHED")
-    except RunError as error:
-        display.note(f"the sweep's own run lacks its end: {error}; the same command delivers it later")
+    if result.parent_run_id:
+        try:
+            log_results(spec.uri, result.parent_run_id, metrics, tags)
+        except RunError as error:
+            display.note(f"the sweep's own run lacks what came of it: {error}")
 
 
-def trial_folder(spec: SweepSpec, trial: str) -> Path:
-    return spec.folder / "trials" / trial if spec.space.reuse else spec.folder / "alone" / trial / "run"
+def close_tree(spec: SweepSpec, status: RunStatus, display: SweepDisplay) -> None:
+    """Gives the parent run its end."""
+    run_id = (read_json(spec.folder / SWEEP_RUN) or {}).get("run_id")
+    if run_id and not close_run(spec.uri, run_id, status):
+        display.note("MLflow did not take the end of the sweep's own run")
