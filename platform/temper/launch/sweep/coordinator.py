@@ -209,7 +209,7 @@ class Coordinator:
                 self._end(trial, "stopped", "")
             else:
                 self._tracking.end(trial.plan, "KILLED", {})
-        stuck = self._pool.close()
+        self._pool.close()
         missing = self._tracking.close()
         trials = [*map(trial_result, self._trials.values()), *map(refused_result, self._refused.values())]
         return {
@@ -221,7 +221,6 @@ class Coordinator:
             "undelivered": missing,
             "broken": self._broken,
             "view": self.view()[0],
-            "stuck_groups": stuck,
         }
 
     # -------------------------------------------------------------------------------------- called by Ray Tune's trials

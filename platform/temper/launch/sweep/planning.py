@@ -76,7 +76,7 @@ def plan_sweep(
     plans = [draft.plan_alike(params) for params in trials] if trials is not None else list(corners.plans)
     _check_mode(plans)
     shared = len(shared_phases(plans))
-    concurrency = _concurrency(space, plans, session.address)
+    concurrency = _concurrency(space, plans, None if trials is None else len(trials), session.address)
     spec = replace(
         draft,
         place=f"sweeps/{space.name}-{_fingerprint(space, corners.plans)}",
@@ -96,10 +96,10 @@ def plan_sweep(
     )
 
 
-def _concurrency(space: SpaceConfig, plans: Sequence[Plan], address: str) -> int:
+def _concurrency(space: SpaceConfig, plans: Sequence[Plan], trials: int | None, address: str) -> int:
     """Worker groups at once, whatever their shapes are. Raises JobError where one of these finds no room."""
-    rooms = node_rooms(address)
-    return min(plan_concurrency(space.concurrency, rooms, shape, len(plans)) for shape in set(map(shape_of, plans)))
+    rooms, trials = node_rooms(address), trials or space.budget.trials
+    return min(plan_concurrency(space.concurrency, rooms, shape, trials) for shape in set(map(shape_of, plans)))
 
 
 def _ids(trials: Sequence[Params]) -> dict[str, str]:

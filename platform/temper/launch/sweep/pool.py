@@ -214,14 +214,15 @@ class Pool:
             assignment = Assignment(self._attempts, task)
         return group.perform(assignment, on_report)
 
-    def close(self) -> list[int]:
-        """Lets all groups go; the numbers of those that did not end in time."""
+    def close(self) -> None:
+        """Lets all groups go, and waits for them a while."""
         with self._changed:
-            groups = dict(self._groups)
-        for group in groups.values():
+            groups = list(self._groups.values())
+        for group in groups:
             group.close()
         deadline = time.monotonic() + _CLOSE_S
-        return [number for number, group in groups.items() if not group.join(max(0.1, deadline - time.monotonic()))]
+        for group in groups:
+            group.join(max(0.1, deadline - time.monotonic()))
 
     def _take(self, shape: GroupShape, cancelled: Callable[[], bool]) -> WorkerGroup:
         with self._changed:
