@@ -23,6 +23,7 @@ from temper.launch import phase_store, train
 from temper.launch.phase_store import claim_phases, complete_history, computing_run, forget_phases
 from temper.locks import HeldError, claimed
 from temper.plan.build import Plan
+from temper.plan.mesh import ClusterShape
 from temper.plan.phases import PhasePlan
 from temper.run_folder import PHASE_MANIFEST, PLAN, RUN, STAGES, WorkerSpec
 from temper.tracking.history import Histories, Record, phase_histories, read_history
@@ -37,8 +38,10 @@ def plan_of(storage: Path, name: str = "tiny", fingerprints: str = "abc") -> Pla
         PhasePlan(phase, KINDS[phase], 10 * index, 10, 0.1, letter * 64, {})
         for index, (phase, letter) in enumerate(zip(CHAIN, fingerprints, strict=True))
     )
-    job = SimpleNamespace(name=name, storage=str(storage), tracking=SimpleNamespace(experiment="temper"))
+    tracking = SimpleNamespace(experiment="temper")
+    job = SimpleNamespace(name=name, storage=str(storage), storage_folder=storage, tracking=tracking)
     decided: dict[str, Any] = {"job": job, "phases": phases, "steps": 30, "fingerprint": phases[-1].fingerprint}
+    decided["cluster"] = ClusterShape(nodes=1, cpus=2.0, gpus=0.0)
     return Plan(**{**dict.fromkeys([field.name for field in fields(Plan)]), **decided})
 
 
@@ -218,7 +221,7 @@ def test_only_folders_of_phases_that_are_run_are_marked(plan: Plan, monkeypatch:
     monkeypatch.setattr(train, "job_to_yaml", lambda job: f"name: {job.name}\n")
     monkeypatch.setattr(Plan, "to_dict", lambda plan: {"run_folder": str(plan.run_folder)})
     complete(plan, "dense")
-    train._prepare_folders(WorkerSpec(plan, plan.phases[1:], ("here",)))
+    train.prepare_folders(WorkerSpec(plan, plan.phases[1:], ("here",)))
     marked = [(plan.phase_folder(phase) / PLAN).is_file() for phase in plan.phases]
     assert marked == [False, True, True]
     assert json.loads((plan.phase_folder(plan.phases[1]) / PLAN).read_text()) == {

@@ -22,7 +22,10 @@ from temper.checkpoint import (
     write_manifest,
     write_shards,
 )
+from temper.claims import remotely_claimed
 from temper.files import read_json, read_lines, write_json
+from temper.launch.phases.prune import PruneOptions, prune_phases
+from temper.launch.phases.show import list_phases
 from temper.products import complete_phase, damage, read_phase
 from temper.run_folder import CHECKPOINTS, HISTORY, JOB, PHASE_MANIFEST, PLAN, RUN
 from temper.storage import Remote, remote_of, storage_folder
@@ -73,7 +76,8 @@ def train_phase(storage: Path, steps: int = 4) -> Path:
     write_json(folder / PLAN, {"phases": []})
     save([folder / CHECKPOINTS], 2, records(1, 2))
     save([folder / CHECKPOINTS], steps, records(3, steps))
-    complete_phase(folder, {"fingerprint": FINGERPRINT, "checkpoint": f"{CHECKPOINTS}/step-{steps:08d}"})
+    values = {"fingerprint": FINGERPRINT, "seconds": 1.0, "metrics": {"test/accuracy": 0.5}}
+    complete_phase(folder, {**values, "checkpoint": f"{CHECKPOINTS}/step-{steps:08d}"})
     return folder
 
 
@@ -126,6 +130,18 @@ def test_phase_that_the_bucket_has_lost_is_published_again(address: str, tmp_pat
     remote_store.fetch_phase(there / "phases" / FINGERPRINT)
     assert damage(there / "phases" / FINGERPRINT) is None
     assert read_lines(there / "phases" / FINGERPRINT / HISTORY) == records(1, 4)
+
+
+def test_phase_that_is_damaged_in_the_bucket_is_replaced(address: str, tmp_path: Path) -> None:
+    here, there = (machine(address, tmp_path / name) for name in "ab")
+    folder = train_phase(here)
+    bucket_of(here).write(bucket_of(here).key(folder / CHECKPOINTS / "step-00000004" / "state.json"), b"{}")
+    remote_store.discard_phase(there / "phases" / FINGERPRINT)
+    assert not remote_store.has_phase(there / "phases" / FINGERPRINT)
+    train_phase(there)
+    third = machine(address, tmp_path / "c") / "phases" / FINGERPRINT
+    remote_store.fetch_phase(third)
+    assert damage(third) is None
 
 
 def test_forgotten_phase_is_gone_for_all(address: str, tmp_path: Path) -> None:
@@ -254,6 +270,33 @@ def test_parts_that_are_damaged_are_no_whole(address: str, tmp_path: Path) -> No
     remote_store.publish_parts(here / "manifest.json", {"one": None})
     remote_store.fetch_parts(there / "manifest.json", lambda manifest: {"one": "0" * 64})
     assert not (there / "manifest.json").exists()
+
+
+def test_flag_is_seen_on_other_nodes(address: str, tmp_path: Path) -> None:
+    here, there, alone = (machine(address, tmp_path / name) / "digits-0a" / "stop" for name in "abc")
+    here.parent.mkdir(parents=True)
+    flag = remote_store.Flag(here, nodes=2)
+    flag.set()
+    assert flag.is_set() and remote_store.Flag(there, nodes=2).is_set()
+    assert not remote_store.Flag(alone, nodes=1).is_set()
+    flag.clear()
+    assert not flag.is_set() and not remote_store.Flag(there, nodes=2).is_set()
+
+
+# -------------------------------------------------------------------------------------------------------- temper phases
+
+
+def test_phases_of_a_bucket_are_listed_and_removed_from_anywhere(address: str, tmp_path: Path) -> None:
+    here, there = (machine(address, tmp_path / name) for name in "ab")
+    folder = train_phase(here)
+    (listed,) = list_phases(there)["phases"]
+    assert (listed["fingerprint"], listed["state"]) == (FINGERPRINT, "complete")
+    everything = bucket_of(here).files("phases").values()
+    assert listed["bytes"] == sum(stored.bytes for stored in everything)
+    with remotely_claimed(folder.with_name(f"{FINGERPRINT}.lock"), ""):
+        assert prune_phases(there, PruneOptions(keep=0), 0.0).kept[0][1] == "in use"
+    assert len(prune_phases(there, PruneOptions(keep=0), 0.0).removed) == 1
+    assert bucket_of(here).files("phases") == {} and list_phases(there)["phases"] == []
 
 
 def test_nothing_is_done_where_the_storage_is_a_folder(tmp_path: Path) -> None:

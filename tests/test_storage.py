@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from temper import claims, storage
-from temper.claims import Claim, Holder, alive_at, read_holders, remotely_awaited, remotely_claimed
+from temper.claims import Claim, Holder, alive_at, claimed_keys, read_holders, remotely_awaited, remotely_claimed
 from temper.errors import RunError
 from temper.locks import HeldError
 from temper.storage import (
@@ -27,6 +27,7 @@ from temper.storage import (
     check_reachable,
     hide_credentials,
     remote_of,
+    shared_path,
     storage_folder,
 )
 
@@ -184,6 +185,19 @@ def test_objects_are_read_listed_and_removed(address: str, tmp_path: Path) -> No
     assert remote.files("") == {}
 
 
+def test_objects_are_grouped_by_folder(address: str, tmp_path: Path) -> None:
+    remote = machine(address, tmp_path / "a")
+    for key in ("x/one/a", "x/one/b/c", "x/two/a", "x/three"):
+        remote.write(key, b"12")
+    assert {name: sorted(found) for name, found in remote.folders("x").items()} == {"one": ["a", "b/c"], "two": ["a"]}
+
+
+def test_folder_as_all_nodes_reach_it(tmp_path: Path) -> None:
+    remote = machine("s3://bucket/runs?region=eu-west-1", tmp_path)
+    assert shared_path(remote.folder / "digits" / "ray") == "s3://bucket/runs/digits/ray?region=eu-west-1"
+    assert shared_path(tmp_path / "ray") == str(tmp_path / "ray")
+
+
 def test_service_that_fails_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = machine(f"file://{tmp_path}/bucket", tmp_path / "a")
     delays: list[float] = []
@@ -303,6 +317,15 @@ def test_claim_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(claims.time, "sleep", lambda seconds: other.__exit__(None, None, None))
     with remotely_awaited(here.folder / "data.lock", lambda: said.append("waiting")):
         assert said == ["waiting"]
+
+
+def test_keys_that_are_claimed(tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/bucket"
+    here, there = machine(address, tmp_path / "a"), machine(address, tmp_path / "b")
+    abandoned_claim(there, claims.DEAD_S + 10)
+    with remotely_claimed(here.folder / "phases" / "0b.lock", ""):
+        assert claimed_keys(there) == {"phases/0b"}
+    assert claimed_keys(there) == frozenset()
 
 
 def test_oldest_claim_that_is_alive(tmp_path: Path) -> None:

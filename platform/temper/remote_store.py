@@ -251,6 +251,13 @@ def fetch_place(folder: Path) -> None:
         fetch_newest_checkpoint(folder / CHECKPOINTS)
 
 
+def discard_phase(folder: Path) -> None:
+    """A phase that the bucket has, but not whole, is complete there no more; for who has it claimed."""
+    remote = remote_of(folder)
+    if remote is not None:
+        remote.delete([remote.key(folder / PHASE_MANIFEST)])
+
+
 def forget_phase(folder: Path) -> None:
     """Removes a phase from the bucket, its manifest first."""
     remote = remote_of(folder)

@@ -21,7 +21,15 @@ from temper.locks import HeldError, claimed, is_held, shared
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.products import damage, read_phase
-from temper.remote_store import fetch_history, fetch_phase, forget_phase, mend_phase, publish, publish_phase
+from temper.remote_store import (
+    discard_phase,
+    fetch_history,
+    fetch_phase,
+    forget_phase,
+    mend_phase,
+    publish,
+    publish_phase,
+)
 from temper.run_folder import CHECKPOINTS, HISTORY, PHASE_MANIFEST, USED
 from temper.tracking.history import History, last_step
 
@@ -90,6 +98,7 @@ def _mark_used(folder: Path) -> None:
 
 def _discard(folder: Path, what: str, say: Say) -> None:
     """Removes a manifest that is not that of what is in the folder, for who has the phase claimed."""
+    discard_phase(folder)
     manifest = folder / PHASE_MANIFEST
     if manifest.exists():
         problem = damage(folder) or f"{manifest}: that of another phase"
@@ -107,7 +116,10 @@ def keep_phase(folder: Path, stack: ExitStack) -> None:
 def discard_damaged(folder: Path, say: Say = log.warning) -> None:
     """Where the phase in this folder is damaged, it is one that is not complete from now on, and `say` is told which
     file it was; not where another command runs it."""
-    if (folder / PHASE_MANIFEST).exists() and damage(folder):
+    if not (folder / PHASE_MANIFEST).exists() or damage(folder) is None:
+        return
+    mend_phase(folder)
+    if damage(folder):
         what = f"phase {folder.name[:10]}"
         with contextlib.suppress(HeldError), claimed(_lock(folder), what):
             _discard(folder, what, say)

@@ -20,7 +20,7 @@ from temper.config.space_load import shown_params
 from temper.errors import JobError, RunError
 from temper.files import read_json, write_json
 from temper.launch.forks import fork_params
-from temper.launch.phase_store import keep_phase
+from temper.launch.phase_store import is_complete, keep_phase
 from temper.launch.sweep.ledger import LEDGER, Ledger, LedgerTrial, Result, find_trial, params_key
 from temper.launch.sweep.outcomes import phases_reused, refused_result, refused_view, trial_result, trial_view
 from temper.launch.sweep.phase_runs import PhaseRunner, Watcher, truncated
@@ -35,7 +35,9 @@ from temper.launch.train import prepare_folders
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
-from temper.run_folder import RUN, WorkerSpec
+from temper.products import run_name
+from temper.remote_store import publish
+from temper.run_folder import PLAN, RUN, WorkerSpec
 from temper.storage import storage_folder
 from temper.tracking.mlflow_store import RunStatus, open_sweep
 from temper.tracking.sweep_progress import SweepView
@@ -131,6 +133,8 @@ class Coordinator:
                 plan = truncated(plan, plan.phases[shared - 1])
                 with self._watch_shared(plan) as watcher:
                     self._runner.complete(plan, self._spec.import_folders, watcher)
+                for phase in _computed_in(plan) if self._ledger.trials else ():
+                    self.note_computed(phase, None)
                 for phase in plan.phases:
                     # Between two trials nobody else would.
                     keep_phase(plan.phase_folder(phase), self._kept)
@@ -307,6 +311,10 @@ class Coordinator:
             trial.computed = list(known.computed) if known is not None else []
             own = [phase for phase in plan.phases if phase.fingerprint in trial.computed]
             self._computed |= {phase.fingerprint: phase.steps for phase in own}
+            if known is not None and not known.end:
+                # A coordinator that was killed may have had no time to note it.
+                for phase in _computed_in(plan):
+                    self.note_computed(phase, trial)
         return self._trials[id], known
 
     def _find_or_refuse(self, params: Params, mailbox: Mailbox) -> tuple[Trial | None, LedgerTrial | None]:
@@ -408,6 +416,7 @@ class Coordinator:
         self._ledger.add(trial.id, end=status, reason=reason, seconds=trial.seconds, time_to_first_step_s=first)
         tags = {"temper.trial.status": status, **({"temper.trial.reason": reason[:5000]} if reason else {})}
         self._tracking.end(trial.plan, _MLFLOW_STATUS[status], tags)
+        publish([self._spec.folder / LEDGER])  # so that another machine knows, too
 
     def note_computed(self, phase: PhasePlan, trial: Trial | None) -> None:
         with self._lock:
@@ -468,6 +477,7 @@ class Coordinator:
         tags = {"temper.kind": "sweep", "temper.command": spec.command}
         run_id = open_sweep(spec.uri, spec.job({}), run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
         write_json(file, {"uri": spec.uri, "run_id": run_id})
+        publish([file])
         return run_id
 
     def _run_name(self, trial: Trial) -> str:
@@ -480,6 +490,16 @@ class Coordinator:
     def _say(self, text: str) -> None:
         with self._lock:
             self._said.append(text)
+
+
+def _computed_in(plan: Plan) -> list[PhasePlan]:
+    """The complete phases whose folders say that they were computed in the plan's run folder."""
+    place = str(plan.run_folder.relative_to(plan.job.storage_folder))
+    return [
+        phase
+        for phase in plan.phases
+        if is_complete(plan, phase) and run_name(read_json(plan.phase_folder(phase) / PLAN) or {}) == place
+    ]
 
 
 def _link_data(plan: Plan, spec: SweepSpec) -> None:

@@ -33,6 +33,7 @@ from temper.launch.sweep.winner import close_tree, log_outcome, name_winner
 from temper.launch.train import RunInterrupted
 from temper.locks import claimed
 from temper.plan.room import shape_of
+from temper.remote_store import fetch
 from temper.run_folder import LOCK
 from temper.tracking.mlflow_store import RunStatus
 from temper.tracking.progress import DisplayMode
@@ -97,6 +98,8 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
         spec = plan.spec
         spec.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claimed(spec.folder / LOCK, f"the sweep {space.name}"))
+        for name in (LEDGER, SWEEP_RUN):
+            fetch(spec.folder / name)
         if options.fresh:
             _forget(spec)
         (spec.folder / SPACE).write_text(space_to_yaml(space))

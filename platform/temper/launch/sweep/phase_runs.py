@@ -98,6 +98,8 @@ class PhaseRunner:
                 if not pending:
                     return None
                 claims.enter_context(claimed(plan.run_folder / LOCK, plan.job.name))
+                # Of what somebody else has completed since the last look.
+                watcher.know()
                 spec = WorkerSpec(plan, pending, import_folders)
                 prepare_folders(spec)
                 watcher.tell("running")

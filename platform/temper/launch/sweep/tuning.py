@@ -20,6 +20,7 @@ from temper.launch.search import build_search
 from temper.launch.sweep.ledger import LedgerTrial
 from temper.launch.sweep.proxy import TrialProxy
 from temper.launch.sweep.spec import SweepSpec
+from temper.storage import shared_path
 
 # Ray Tune would put these of the driver into its actors' description, where Ray's own pages show them; the actors need
 # none, and the workers have their machine's.
@@ -91,7 +92,7 @@ def run_tune(
         ),
         run_config=RunConfig(
             name=f"tune-{time.time_ns()}",
-            storage_path=str(spec.folder / "ray"),
+            storage_path=str(spec.folder / "ray") if spec.embedded else shared_path(spec.folder / "ray"),
             stop=Asked(stop),
             callbacks=[Ends(coordinator)],
             failure_config=FailureConfig(max_failures=0),
