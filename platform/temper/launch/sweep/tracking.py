@@ -50,6 +50,8 @@ class SweepTracking:
     def __init__(self, uri: str, parent: Callable[[], str], command: str) -> None:
         self._uri, self._parent, self._command = uri, parent, command
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ordered: list[str] = []
+        """Run folders of children that are to be opened."""
         self._children: dict[str, _Child] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep-tracking", daemon=True)
@@ -58,6 +60,7 @@ class SweepTracking:
 
     def begin(self, plan: Plan, name: str, tags: Mapping[str, str]) -> None:
         """Opens the child run of this plan's run folder, or goes on with the one that an earlier attempt opened."""
+        self._ordered.append(str(plan.run_folder))
         self._orders.put(lambda: self._begin(plan, name, dict(tags)))
 
     def end(self, plan: Plan, status: RunStatus, tags: Mapping[str, str]) -> None:
@@ -68,7 +71,7 @@ class SweepTracking:
         """Delivers what is left. The run folders of runs that MLflow did not take whole."""
         self._closing.set()
         self._thread.join(timeout_s)
-        return sorted(self._children)
+        return sorted({*self._ordered, *self._children})
 
     def _run(self) -> None:
         looked_s = 0.0
@@ -87,8 +90,10 @@ class SweepTracking:
                     _kept_quiet(lambda key=key: self._deliver(key))  # type: ignore[misc]
 
     def _begin(self, plan: Plan, name: str, tags: dict[str, str]) -> None:
-        self._children[str(plan.run_folder)] = _Child(plan, name, tags)
-        self._deliver(str(plan.run_folder))
+        key = str(plan.run_folder)
+        self._children[key] = _Child(plan, name, tags)
+        self._ordered.remove(key)
+        self._deliver(key)
 
     def _end(self, plan: Plan, status: RunStatus, tags: dict[str, str]) -> None:
         child = self._children.get(str(plan.run_folder))

@@ -12,7 +12,8 @@ from temper.launch.sweep.pool import Records
 from temper.launch.sweep.trial import Finiteness, Mailbox, Trial, TrialFailed, TrialStopped
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
-from temper.tracking.history import Histories, phase_histories, read_history
+from temper.run_folder import HISTORY
+from temper.tracking.history import Histories, last_step, phase_histories, read_history
 
 
 class Book(Protocol):
@@ -34,7 +35,8 @@ class RunWatcher(Watcher):
     ) -> None:
         self._book, self._plan, self._begin, self._is_cancelled = book, plan, begin, is_cancelled
         self._histories = Histories(phase_histories(plan))
-        self._step = 0
+        self._steps: dict[str, int] = {}
+        """Up to which step each phase's history was noted."""
         self.has_begun = False
 
     def is_cancelled(self) -> bool:
@@ -51,10 +53,14 @@ class RunWatcher(Watcher):
 
     def _store(self, phase: str, records: Records) -> Records:
         """The records that are new."""
+        if phase not in self._steps:
+            own = self._phase(phase)
+            # An earlier session, or attempt, may have come somewhere.
+            self._steps[phase] = max(own.first_step, last_step(self._plan.phase_folder(own) / HISTORY))
         new: Records = self._histories.append(phase, records)  # type: ignore[arg-type, assignment]
         if new and self._book is not None:
-            self._book.note_steps(new[-1]["step"] - max(self._phase(phase).first_step, self._step))
-            self._step = new[-1]["step"]
+            self._book.note_steps(new[-1]["step"] - self._steps[phase])
+            self._steps[phase] = new[-1]["step"]
         return new
 
     def _phase(self, name: str) -> PhasePlan:
