@@ -29,7 +29,7 @@ from temper.data.batches import Batch, DataState, eval_batches, train_batches, v
 from temper.data.sources import Split, SplitName, labelling_of, load_splits
 from temper.engine.base import EngineState, LossFunction
 from temper.engine.build import build_engine
-from temper.engine.deepspeed_setup import device_of, prepare
+from temper.engine.deepspeed_setup import device_of, passing_engines, prepare
 from temper.engine.sharded import shard_module
 from temper.errors import RunError
 from temper.evaluation import evaluate, evaluate_splits, teacher_metrics
@@ -86,8 +86,13 @@ class WarmWorker:
         """As :func:`work`, in the process group that is there. Raises Interrupted where `port` asked for a stop."""
         with self.nothing_left(spec.import_folders):
             stage = _begin(spec, self.rank)
-            with _alone(spec, self.rank, stage):
-                _train_phases(_Worker(spec, self.rank, stage, self._kept, port), port.report)
+            self._kept.groups(spec.plan.mesh)  # which outlive the engine
+            with _alone(spec, self.rank, stage), passing_engines():
+                worker = _Worker(spec, self.rank, stage, self._kept, port)
+                try:
+                    _train_phases(worker, port.report)
+                finally:
+                    worker.engine.close()
 
     @contextmanager
     def nothing_left(self, import_folders: Sequence[str]) -> Iterator[None]:
@@ -230,7 +235,9 @@ class Kept:
 
     def splits(self, plan: Plan) -> dict[SplitName, Split]:
         job = plan.job
-        parts = [job.data.model_dump(mode="json"), job.storage, asdict(plan.data), asdict(labelling_of(job))]
+        # Where all examples have their labels, nothing depends on the seed.
+        labelling = asdict(labelling_of(job)) if job.data.labels < 1 else None
+        parts = [job.data.model_dump(mode="json"), job.storage, asdict(plan.data), labelling]
         key = json.dumps(parts, sort_keys=True, default=str)
         if self._splits is None or self._splits[0] != key:
             self._splits = None  # not both at once in memory

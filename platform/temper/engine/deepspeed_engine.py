@@ -107,6 +107,10 @@ class DeepSpeedEngine:
         if self._fp16:
             mend_scaler(self._engine.optimizer)
 
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the gradients: they would keep the engine for ever."""
+        self._engine.destroy()
+
     def _local_part(self, model: nn.Module, mesh: MeshPlan) -> nn.Module:
         """What of the model this rank computes, and of the connectors."""
         join_blocks(model)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 
 def prepare(device: str) -> None:
@@ -46,6 +50,27 @@ def _import_muon() -> None:
     """
     with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@contextmanager
+def passing_engines() -> Iterator[None]:
+    """DeepSpeed's engines of this block leave nothing behind: neither process groups, each of which has threads and
+    connections, nor the modules that ZeRO-3 keeps for ever. Collective."""
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)
+    deepspeed.utils.groups._clone_world_group()  # of the first engine, and of all that come after it
+    groups = dist.distributed_c10d._world.pg_map
+    before = set(groups)
+    try:
+        yield
+    finally:
+        # No rank uses them any more: the last checkpoint was waited for.
+        for group in set(groups) - before:
+            dist.destroy_process_group(group)
+        importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
+        coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+        method = coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def device_of(kind: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
@@ -44,10 +43,4 @@ def _process_group(group: Group) -> Any:
     """DeepSpeed takes None for all ranks, so that a rank alone must be a group, too."""
     if group.process_group is not None:
         return group.process_group
-    return _alone(dist.group.WORLD)
-
-
-@lru_cache(maxsize=1)
-def _alone(world: Any) -> Any:
-    """One for all engines of a process, which may be many."""
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)

@@ -86,8 +86,8 @@ class Coordinator:
         self._broken = ""
         self._began_s = time.time()
         self._steps_run = 0
-        self._computed: dict[str, int] = {}
-        """Steps of the phases that this sweep has computed, by fingerprint."""
+        self._shared: set[str] = set()
+        """Fingerprints of the phases that were computed for all trials."""
 
     # ------------------------------------------------------------------------------------------- called by the ranks
 
@@ -153,7 +153,7 @@ class Coordinator:
                 objectives=tuple((each.metric, each.mode) for each in self._spec.space.objectives),
                 trials=tuple(sorted(trials, key=lambda trial: trial.id)),
                 num_trials=len(self._spec.ids) or self._spec.space.budget.trials,
-                phases_run=len(self._computed),
+                phases_run=self._phases_run,
                 phases_reused=len(reused),
                 steps_run=self._steps_run,
                 steps_saved=sum(phase.steps for phase in reused),
@@ -219,7 +219,7 @@ class Coordinator:
         return {
             "trials": sorted(trials, key=lambda trial: trial["id"]),
             "parent_run_id": (read_json(self._spec.folder / SWEEP_RUN) or {}).get("run_id", ""),
-            "phases_run": len(self._computed),
+            "phases_run": self._phases_run,
             "phases_reused": sum(len(phases_reused(trial)) for trial in self._trials.values()),
             "steps_run": self._steps_run,
             "undelivered": missing,
@@ -252,7 +252,7 @@ class Coordinator:
                 return
             # A population is run again over the phases that are there, and comes to the same forks.
             if known is not None and known.end and self._spec.decide != "phase":
-                self._replay(trial, known, mailbox)
+                self._replay(trial, known, mailbox, after_step)
                 return
             if self._interrupted:
                 mailbox.let_go()
@@ -309,8 +309,6 @@ class Coordinator:
                 self._ledger.add(id, params=params)
             trial = self._trials[id] = Trial(id, params, plan, self._spec.clock, self._spec.decide)
             trial.computed = list(known.computed) if known is not None else []
-            own = [phase for phase in plan.phases if phase.fingerprint in trial.computed]
-            self._computed |= {phase.fingerprint: phase.steps for phase in own}
             if known is not None and not known.end:
                 # A coordinator that was killed may have had no time to note it.
                 for phase in _computed_in(plan):
@@ -337,11 +335,13 @@ class Coordinator:
         new = (f"t{number:03d}" for number in itertools.count())
         return self._spec.ids.get(params_key(params)) or next(id for id in new if id not in taken)
 
-    def _replay(self, trial: Trial, known: LedgerTrial, mailbox: Mailbox) -> None:
-        """A trial that ended before: its results are told again, and nothing is computed."""
+    def _replay(self, trial: Trial, known: LedgerTrial, mailbox: Mailbox, after_step: int) -> None:
+        """A trial that ended before: its results after a step are told again, the last in any case, and nothing is
+        computed."""
         trial.recall(known)
         for result in known.results:
-            mailbox.put(result, decisive=False)
+            if result["step"] > after_step or result is known.results[-1]:
+                mailbox.put(result, decisive=False)
         mailbox.end(trial.status, trial.reason)
         self._deliver_late(trial.plan, self._run_name(trial), self._tags(trial), _MLFLOW_STATUS[trial.status])
 
@@ -350,7 +350,8 @@ class Coordinator:
             _link_data(trial.plan, self._spec)
         # Also of a trial that computes nothing itself.
         prepare_folders(WorkerSpec(trial.plan, (), self._spec.import_folders))
-        self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
+        if not trial.is_over:
+            self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
 
     def _work(self, trial: Trial, mailbox: Mailbox, after_step: int) -> None:
         try:
@@ -420,10 +421,16 @@ class Coordinator:
 
     def note_computed(self, phase: PhasePlan, trial: Trial | None) -> None:
         with self._lock:
-            self._computed[phase.fingerprint] = phase.steps
-            if trial is not None and phase.fingerprint not in trial.computed:
+            if trial is None:
+                self._shared.add(phase.fingerprint)
+            elif phase.fingerprint not in trial.computed:
                 trial.computed.append(phase.fingerprint)
                 self._ledger.add(trial.id, computed=phase.fingerprint)
+
+    @property
+    def _phases_run(self) -> int:
+        """Phases that this sweep has computed."""
+        return len(self._shared) + sum(len(trial.computed) for trial in self._trials.values())
 
     def note_steps(self, steps: int) -> None:
         with self._lock:

@@ -96,7 +96,8 @@ def run_tune(
             stop=Asked(stop),
             callbacks=[Ends(coordinator)],
             failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+            # All of them, each a few bytes: a clone may still read one when its trial is already further.
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
