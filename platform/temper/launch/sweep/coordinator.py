@@ -32,6 +32,7 @@ from temper.launch.sweep.trial import Answer, Mailbox, Trial, TrialFailed, Trial
 from temper.launch.sweep.watchers import RunWatcher, TrialWatcher
 from temper.launch.teacher_runs import is_trained, teachers_of
 from temper.launch.train import prepare_folders
+from temper.locks import awaited
 from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
@@ -73,9 +74,11 @@ class Coordinator:
         self._spec = spec
         self._pool = Pool(ray_train(spec.folder / "ray", embedded=spec.embedded), self._has_room)
         self._runner = PhaseRunner(self._pool, self._watch_teacher, self._say)
+        self._kept = ExitStack()
+        # A coordinator outlives a driver that was killed by a moment.
+        self._kept.enter_context(awaited(spec.folder / f"{LEDGER}.lock", lambda: None))
         self._ledger = Ledger(spec.folder / LEDGER)
         self._tracking = SweepTracking(spec.uri, self._open_parent, spec.command)
-        self._kept = ExitStack()
         self._lock = threading.RLock()
         self._trials: dict[str, Trial] = {}
         self._refused: dict[str, LedgerTrial] = {}
@@ -215,6 +218,7 @@ class Coordinator:
                 self._tracking.end(trial.plan, "KILLED", {})
         self._pool.close()
         missing = self._tracking.close()
+        self._kept.close()
         trials = [*map(trial_result, self._trials.values()), *map(refused_result, self._refused.values())]
         return {
             "trials": sorted(trials, key=lambda trial: trial["id"]),
