@@ -377,6 +377,11 @@ def _add_job_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
 ) -> argparse.ArgumentParser:
     parser = _add_command(commands, name, run, help)
-    parser.add_argument("job", metavar="JOB", help="a job file, e.g. jobs/digits.yaml")
+    what = (
+        ("SPACE", "a space file, e.g. tune_spaces/dsd.yaml")
+        if name == "sweep"
+        else ("JOB", "a job file, e.g. jobs/digits.yaml")
+    )
+    parser.add_argument("job", metavar=what[0], help=what[1])
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. parallel.workers=4")
     return parser

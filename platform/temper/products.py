@@ -84,6 +84,12 @@ def open_place(folder: Path, phase: str | None, reference: str) -> Place:
     plan = read_json(folder / PLAN)
     if plan is None:
         rule = "is neither a run, nor a phase, nor a checkpoint"
+        if (folder / "trials").is_dir():
+            trials = sorted(path.name for path in (folder / "trials").iterdir())
+            remedy = (
+                f"name one of its trials, e.g. {folder / 'trials' / trials[0]}" if trials else "it has no trial yet"
+            )
+            raise JobError([Problem("RUN|CHECKPOINT", reference, "is a sweep", remedy)])
         raise JobError(
             [Problem("RUN|CHECKPOINT", reference, rule, "give a run's id or folder, or a checkpoint's folder")]
         )

@@ -26,6 +26,8 @@ RAY_ENVIRONMENT = {
     # What a worker prints goes to its own log, once.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # What a call raised that nobody waits for any more, as after a second Ctrl-C, is told to nobody.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 # An embedded Ray has no nodes that could be taken away.
 EMBEDDED_ENVIRONMENT = {

@@ -339,7 +339,13 @@ def _open_run(plan: Plan, command: str) -> TrackedRun:
     uri = tracking_uri(plan.job)
     known = read_json(plan.run_folder / RUN) or {}
     run_id = known.get("run_id") if known.get("uri") == uri else None
-    run = TrackedRun(uri, open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command))
+
+    def note(created: str) -> None:
+        # At once: a command that is killed now would leave a run that nobody knows.
+        write_json(plan.run_folder / RUN, {"uri": uri, "run_id": created, "open": False})
+
+    opened = open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command, created=note)
+    run = TrackedRun(uri, opened)
     write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
     publish_run(plan.run_folder, plan.job.storage_folder)
     log_tags(uri, run.run_id, {**phase_tags(plan, run.run_id), **teacher_tags(plan)})

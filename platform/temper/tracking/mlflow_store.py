@@ -138,11 +138,12 @@ def open_run(
     run_id: str | None = None,
     job_yaml: str,
     command: str,
+    created: Callable[[str], None] = lambda run_id: None,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> str:
     """Create the run of `plan`, or go on with run `run_id`; return the run's id. A new one has the job's name unless
-    another is given, and the `tags`.
+    another is given, and the `tags`; `created` is called with its id before anything else is logged.
 
     Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
     that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
@@ -153,6 +154,7 @@ def open_run(
         run = _find_run(client, run_id) if run_id else None
         if run is None:
             run = _create_run(client, uri, plan, name or plan.job.name, tags or {})
+            created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
         _log_description(client, run, plan, job_yaml=job_yaml, command=command)
     except Exception as error:  # which one depends on the store: MlflowException, sqlalchemy's, requests', OSError

@@ -118,13 +118,16 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------ called by the driver
 
-    def prepare(self, first: Params, shape: GroupShape, shared: int, teaching: bool) -> None:
+    def prepare(self, first: Params, shape: GroupShape, shared: int, teaching: bool, is_stored: bool) -> None:
         """Starts the worker groups, and has computed what all trials share: teachers and cache, `shared` phases.
+        `is_stored`: the phase store has all phases that are known, and nobody waits for workers.
 
         Raises RunError where that fails.
         """
         plan = self._shared_plan(first)
         reuse = self._spec.space.reuse
+        if is_stored and reuse:
+            return
         if not (teaching and reuse) or all(is_trained(teacher) for teacher in teachers_of(plan)):
             self._pool.begin(shape, self._spec.concurrency)
         try:
@@ -148,7 +151,7 @@ class Coordinator:
         """What there is to be shown, and what was said since the last call."""
         with self._lock:
             said, self._said = self._said, []
-            reused = [phase for trial in self._trials.values() for phase in phases_reused(trial)]
+            reused = self._phases_reused()
             trials = [trial_view(trial, self._spec.clock) for trial in self._trials.values()]
             trials += [refused_view(trial) for trial in self._refused.values()]
             view = SweepView(
@@ -224,7 +227,7 @@ class Coordinator:
             "trials": sorted(trials, key=lambda trial: trial["id"]),
             "parent_run_id": (read_json(self._spec.folder / SWEEP_RUN) or {}).get("run_id", ""),
             "phases_run": self._phases_run,
-            "phases_reused": sum(len(phases_reused(trial)) for trial in self._trials.values()),
+            "phases_reused": len(self._phases_reused()),
             "steps_run": self._steps_run,
             "undelivered": missing,
             "broken": self._broken,
@@ -430,6 +433,15 @@ class Coordinator:
             elif phase.fingerprint not in trial.computed:
                 trial.computed.append(phase.fingerprint)
                 self._ledger.add(trial.id, computed=phase.fingerprint)
+
+    def _phases_reused(self) -> list[PhasePlan]:
+        """What the trials did not compute again. A phase that was computed for all of them was so for the first."""
+        reused = [phase for trial in self._trials.values() for phase in phases_reused(trial)]
+        for fingerprint in self._shared:
+            first = next((phase for phase in reused if phase.fingerprint == fingerprint), None)
+            if first is not None:
+                reused.remove(first)
+        return reused
 
     @property
     def _phases_run(self) -> int:

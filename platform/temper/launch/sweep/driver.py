@@ -24,14 +24,16 @@ from temper.errors import RunError, TemperError
 from temper.files import read_json, write_json
 from temper.launch.cluster import RaySession, prepare_environment
 from temper.launch.ingest import ingest
+from temper.launch.phase_store import is_complete
 from temper.launch.ranking import best_trial, pareto_front
 from temper.launch.sweep.coordinator import SWEEP_RUN, Coordinator
-from temper.launch.sweep.ledger import LEDGER, LedgerTrial, params_key, read_ledger
+from temper.launch.sweep.ledger import ENDED, LEDGER, LedgerTrial, params_key, read_ledger
 from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
 from temper.launch.sweep.spec import SweepSpec
 from temper.launch.sweep.winner import close_tree, log_outcome, name_winner
 from temper.launch.train import RunInterrupted
 from temper.locks import claimed
+from temper.plan.build import Plan
 from temper.plan.room import shape_of
 from temper.remote_store import fetch
 from temper.run_folder import LOCK
@@ -56,9 +58,14 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What `temper sweep --json` prints. `trials` are in the order of their ids; `best` is the one of them that wins on
-    the first objective, with the overrides that repeat it; `front` the ids of the Pareto front, where there are several
-    objectives. `left_behind` is what the audit found."""
+    """What `temper sweep --json` prints.
+
+    `trials` are in the order of their ids. `best` is the one of them that wins on the first objective, with the
+    `overrides` that repeat it, the `folder` of its export and what it is `registered` as; `front` are the ids of the
+    Pareto front, where there are several objectives. `phases_run` and `phases_reused` are the sweep's, whichever
+    command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the audit found, `undelivered`
+    the folders of runs that MLflow did not take.
+    """
 
     parent_run_id: str
     name: str
@@ -117,7 +124,7 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
             result = _conclude(spec, outcome, audit, time.perf_counter() - started, display)
             status = "FINISHED"
             return result
-        except RunInterrupted:
+        except (RunInterrupted, KeyboardInterrupt):
             status = "KILLED"
             raise
         finally:
@@ -164,7 +171,11 @@ def _run(
         outcome = _with_coordinator(plan, known, stop, display)
     audit = before.left_behind()
     if stop.is_set():
-        raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
+        ended = sum(trial["status"] in ENDED for trial in outcome["trials"])
+        done = f"stopped after {ended} trials had ended; the state is saved in {spec.folder}"
+        raise RunInterrupted(f"{done}, and the same command goes on from it")
+    if plan.trials is None and len(outcome["trials"]) < (spec.space.budget.trials or 0) and not spec.space.budget.hours:
+        display.note(f"the space has no more than {len(outcome['trials'])} different trials")
     return outcome, audit.text()
 
 
@@ -228,11 +239,17 @@ def _search(
         # Its import takes seconds, and the workers come up meanwhile.
         from temper.launch.sweep.tuning import run_tune
 
-        ray.get(coordinator.prepare.remote(plan.first, shape_of(plan.plans[0]), plan.shared, plan.teaching))
+        stored = plan.trials is not None and _are_stored(plan.plans)
+        shape = shape_of(plan.plans[0])
+        ray.get(coordinator.prepare.remote(plan.first, shape, plan.shared, plan.teaching, stored))
         if not stop.is_set():
             run_tune(plan.spec, plan.trials, known, coordinator, stop)
     except BaseException as error:
         failures.append(error)
+
+
+def _are_stored(plans: Sequence[Plan]) -> bool:
+    return all(is_complete(plan, phase) for plan in plans for phase in plan.phases)
 
 
 def _show(coordinator: Any, display: SweepDisplay) -> None:
@@ -348,7 +365,8 @@ def _summary(spec: SweepSpec, view: SweepView, result: SweepResult) -> list[str]
         lines += [
             f"winner {result.best['id']}, MLflow run {result.best['run_id']}, exported to {result.best['folder']}"
         ]
-        lines += [f"  as {result.best['registered']}@{spec.space.winner.alias}"] if result.best["registered"] else []
+        registered, alias = result.best["registered"], spec.space.winner.alias
+        lines += [f"  as {registered} and {registered.rpartition('/')[0]}@{alias}"] if registered else []
         lines += [f"  {train}", f"  {submit}"]
     lines += (
         [f"MLflow lacks {len(result.undelivered)} runs; the same command delivers them"] if result.undelivered else []

@@ -13,6 +13,7 @@ from typing import Any
 
 from temper.config.load import load_job
 from temper.config.space import Params, SpaceConfig
+from temper.config.space_checks import check_space
 from temper.config.space_load import base_job, space_to_yaml, trial_overrides
 from temper.errors import JobError, Problem
 from temper.launch.cluster import RaySession, cluster_shape, node_rooms, prepare_environment
@@ -49,6 +50,9 @@ def plan_sweep(
     space: SpaceConfig, file: Path, overrides: Sequence[str], session: RaySession, command: str
 ) -> SweepPlan:
     """Checks the space, plans its corners, and lists its trials. Raises JobError with every problem found."""
+    problems = check_space(space)
+    if problems:
+        raise JobError(problems)
     job_file = base_job(file, space)
     base = load_job(job_file, [*trial_overrides(space, {}), *overrides])
     storage = absolute_storage(base.storage)
@@ -172,25 +176,31 @@ def preview_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], addr
     """What the sweep would do, for `temper sweep --dry-run`: everything is checked and planned, nothing is started.
 
     `phases` and `steps` are those of all trials together, each phase once; `alone` are what they would be if each trial
-    trained its own; `stored` are phases that the phase store has. Of a search that depends on results the corners of
-    the space stand for its trials. Raises JobError with every problem found.
+    trained its own; `stored` are phases that the phase store has. These are not known of a search that depends on
+    results. Raises JobError with every problem found.
     """
     prepare_environment(address)
     with ExitStack() as stack:
         plan = plan_sweep(space, file, overrides, RaySession(address, stack), "")
-    every = [(phase, each.phase_folder(phase)) for each in plan.plans for phase in each.phases]
-    distinct = {phase.fingerprint: (phase, folder) for phase, folder in every}
     return {
         "name": space.name,
         "folder": str(plan.spec.folder),
         "trials": len(plan.plans) if plan.trials is not None else space.budget.trials,
         "concurrency": plan.spec.concurrency,
+        "shared": [phase.name for phase in plan.plans[0].phases[: plan.shared]],
+        "rungs": [f"{phase} {share:g}" for phase, share in plan.spec.clock.rungs],
+        **(_totals(plan.plans) if plan.trials is not None else {}),
+        "notes": list(plan.notes),
+    }
+
+
+def _totals(plans: Sequence[Plan]) -> dict[str, int]:
+    every = [(phase, plan.phase_folder(phase)) for plan in plans for phase in plan.phases]
+    distinct = {phase.fingerprint: (phase, folder) for phase, folder in every}
+    return {
         "phases": len(distinct),
         "steps": sum(phase.steps for phase, _ in distinct.values()),
         "phases_alone": len(every),
         "steps_alone": sum(phase.steps for phase, _ in every),
         "phases_stored": sum(read_phase(folder) is not None for _, folder in distinct.values()),
-        "shared": [phase.name for phase in plan.plans[0].phases[: plan.shared]],
-        "rungs": [f"{phase} {share:g}" for phase, share in plan.spec.clock.rungs],
-        "notes": list(plan.notes),
     }

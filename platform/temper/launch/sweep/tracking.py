@@ -126,6 +126,10 @@ class SweepTracking:
             run_id=known.get("run_id") if known.get("uri") == self._uri else None,
             job_yaml=job_to_yaml(plan.job),
             command=self._command,
+            # At once: a coordinator that is killed now would leave a run that nobody knows.
+            created=lambda created: write_json(
+                plan.run_folder / RUN, {"uri": self._uri, "run_id": created, "open": False}
+            ),
             name=child.name,
             tags={"mlflow.parentRunId": self.parent_id, **child.tags},
         )

@@ -57,6 +57,7 @@ class RunWatcher(Watcher):
             own = self._phase(phase)
             # An earlier session, or attempt, may have come somewhere.
             self._steps[phase] = max(own.first_step, last_step(self._plan.phase_folder(own) / HISTORY))
+        self._note_end(phase, records)
         new: Records = self._histories.append(phase, records)  # type: ignore[arg-type, assignment]
         if new and self._book is not None:
             self._book.note_steps(new[-1]["step"] - self._steps[phase])
@@ -65,6 +66,12 @@ class RunWatcher(Watcher):
 
     def _phase(self, name: str) -> PhasePlan:
         return next(phase for phase in self._plan.phases if phase.name == name)
+
+    def _note_end(self, name: str, records: Records) -> None:
+        """With its last step a phase is this run's, though it takes a moment until it is complete."""
+        phase = self._phase(name)
+        if records and records[-1]["step"] == phase.last_step:
+            self.computed(phase)
 
     def computed(self, phase: PhasePlan) -> None:
         if self._book is not None:
