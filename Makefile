@@ -21,10 +21,10 @@ demo: install  ## train the digits job, from the command to the result
 	$(BIN)/temper train jobs/digits.yaml
 
 test: install  ## the tests; under 12 minutes on 2 cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: install  ## the tests and the long proofs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install  ## lint, types, and who may import whom
 	$(BIN)/ruff check platform tests benchmarks docs

@@ -1,4 +1,4 @@
-"""Fixtures of several test files: a real S3 server on loopback, and buckets on it."""
+"""What test files share: their order, a real S3 server on loopback, and buckets on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray come first: they take longest, and two processes share the files out."""
+    longest = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in longest)
 
 
 @pytest.fixture(scope="session")

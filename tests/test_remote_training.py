@@ -52,14 +52,19 @@ def attempt(plan: Plan, nodes: list[Path], saves: int | None = None) -> list[int
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (port, WorkerSpec(plan, plan.phases, ()), nodes, saves)
+    # The server from which they are forked may be older than this test's environment.
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    arguments = (port, WorkerSpec(plan, plan.phases, ()), nodes, saves, aws)
     context = mp.start_processes(_rank, args=arguments, nprocs=len(nodes), join=False, start_method="forkserver")
     for process in context.processes:
         process.join()
     return [process.exitcode for process in context.processes]
 
 
-def _rank(rank: int, port: int, spec: WorkerSpec, nodes: list[Path], saves: int | None) -> None:
+def _rank(
+    rank: int, port: int, spec: WorkerSpec, nodes: list[Path], saves: int | None, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(len(nodes)))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TEMPER_CACHE=str(nodes[rank]))
     torch.set_num_threads(1)
