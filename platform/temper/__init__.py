@@ -107,9 +107,10 @@ def sweep(
     """
     from temper.config.space_load import load_space
     from temper.launch.cluster import check_address
-    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+    from temper.launch.sweep.driver import launch_sweep
+    from temper.launch.train import TrainOptions
 
     check_address(address)
     config, others = load_space(space, overrides)
     call = f"temper.sweep({str(space)!r}, {list(overrides)!r})"
-    return launch_sweep(config, Path(space), others, SweepOptions(address, fresh, display, call))
+    return launch_sweep(config, Path(space), others, TrainOptions(address, fresh, display, call))

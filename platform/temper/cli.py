@@ -125,13 +125,14 @@ def _tests(metrics: Mapping[str, float]) -> list[str]:
 def _sweep(options: argparse.Namespace) -> None:
     from temper.config.space_load import load_space
     from temper.launch.cluster import check_address
-    from temper.launch.sweep.driver import SweepOptions, launch_sweep
+    from temper.launch.sweep.driver import launch_sweep
     from temper.launch.sweep.planning import preview_sweep
+    from temper.launch.train import TrainOptions
 
     check_address(options.address)
     space, overrides = load_space(options.job, options.overrides)
     typed = _typed("sweep", options)
-    how = SweepOptions(options.address, options.fresh, _display_mode(options), typed)
+    how = TrainOptions(options.address, options.fresh, _display_mode(options), typed)
     if options.dry_run:
         preview = preview_sweep(space, Path(options.job), overrides, options.address)
         for name, value in preview.items():

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -60,7 +60,7 @@ from temper.run_folder import (
 from temper.storage import absolute_storage
 from temper.tracking.delivery import replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
-from temper.tracking.mlflow_store import RunStatus, close_run, log_tags, open_run, tracking_uri
+from temper.tracking.mlflow_store import RunStatus, close_run, known_run, log_tags, open_run, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
@@ -69,7 +69,7 @@ STAGE_DELAY_S = 0.5  # longer than a record takes from its worker to the history
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to run a job; nothing here changes its result."""
+    """How to run a job or a sweep; nothing here changes a result."""
 
     address: str = "local"
     fresh: bool = False
@@ -247,9 +247,15 @@ def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) 
     _cache_teacher(spec, display)
     tracking = _Tracking(plan, command)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
+    flag = Flag(plan.run_folder / STOP, plan.cluster.nodes)
+
+    def ask() -> None:
+        flag.set()
+        display.note("stopping at the next report, with the state saved; once more to stop at once")
+
     status: RunStatus = "FAILED"
     try:
-        with _stop_on_signal(Flag(plan.run_folder / STOP, plan.cluster.nodes), display) as stop:
+        with stop_on_signal(ask) as stop:
             _fit(spec, display, tracking, embedded=session.is_embedded)
         if stop.is_set() and not all(is_complete(plan, phase) for phase in pending):
             status = "KILLED"
@@ -337,8 +343,7 @@ def _display(mode: DisplayMode, plan: Plan, title: str = "") -> Iterator[Display
 def _open_run(plan: Plan, command: str) -> TrackedRun:
     """The MLflow run of this run folder: a new one, or the one that a broken attempt left."""
     uri = tracking_uri(plan.job)
-    known = read_json(plan.run_folder / RUN) or {}
-    run_id = known.get("run_id") if known.get("uri") == uri else None
+    run_id = known_run(plan.run_folder / RUN, uri)
 
     def note(created: str) -> None:
         # At once: a command that is killed now would leave a run that nobody knows.
@@ -370,16 +375,15 @@ def import_folders(job_folder: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def _stop_on_signal(stop: Flag, display: Display) -> Iterator[threading.Event]:
-    """Turns the first SIGINT or SIGTERM into a request that the workers meet at their next report; a second ends."""
+def stop_on_signal(ask: Callable[[], None]) -> Iterator[threading.Event]:
+    """Turns the first SIGINT or SIGTERM into a request, for which `ask` is called; a second ends."""
     requested = threading.Event()
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if requested.is_set():
             raise KeyboardInterrupt
         requested.set()
-        stop.set()
-        display.note("stopping at the next report, with the state saved; once more to stop at once")
+        ask()
 
     if threading.current_thread() is not threading.main_thread():
         yield requested

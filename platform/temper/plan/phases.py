@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any, Literal
 
@@ -197,6 +198,7 @@ def library_versions(job: JobConfig) -> dict[str, str]:
     return {name: _version(name) for name in names}
 
 
+@cache  # a sweep plans hundreds of jobs, and half of a plan's time would be reading these files
 def _version(name: str) -> str:
     try:
         return metadata.version(name)

@@ -23,6 +23,7 @@ import yaml
 import temper
 from temper.config.schema import JobConfig
 from temper.errors import RunError
+from temper.files import read_json
 from temper.tracking.history import Record
 from temper.tracking.provenance import GitState, environment_text, git_state
 from temper.tracking.redact import redact_text, redact_values
@@ -129,6 +130,12 @@ def _alone(uri: str) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------- opening, closing
+
+
+def known_run(record: Path, uri: str) -> str | None:
+    """The run that a file says was opened in this store: `{"uri", "run_id", …}`."""
+    known = read_json(record) or {}
+    return known.get("run_id") if known.get("uri") == uri else None
 
 
 def open_run(

@@ -40,7 +40,7 @@ from temper.products import run_name
 from temper.remote_store import publish
 from temper.run_folder import PLAN, RUN, WorkerSpec
 from temper.storage import storage_folder
-from temper.tracking.mlflow_store import RunStatus, open_sweep
+from temper.tracking.mlflow_store import RunStatus, known_run, open_sweep
 from temper.tracking.sweep_progress import SweepView
 
 SWEEP_RUN = "sweep.json"
@@ -495,8 +495,7 @@ class Coordinator:
 
     def _open_parent(self) -> str:
         spec, file = self._spec, self._spec.folder / SWEEP_RUN
-        known = read_json(file) or {}
-        run_id = known.get("run_id") if known.get("uri") == spec.uri else None
+        run_id = known_run(file, spec.uri)
         tags = {"temper.kind": "sweep", "temper.command": spec.command}
         run_id = open_sweep(spec.uri, spec.job({}), run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
         write_json(file, {"uri": spec.uri, "run_id": run_id})

@@ -7,14 +7,13 @@ export. The same command goes on with a sweep that was broken off, and tells wha
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from temper.config.space import SpaceConfig
@@ -31,29 +30,18 @@ from temper.launch.sweep.ledger import ENDED, LEDGER, LedgerTrial, params_key, r
 from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
 from temper.launch.sweep.spec import SweepSpec
 from temper.launch.sweep.winner import close_tree, log_outcome, name_winner
-from temper.launch.train import RunInterrupted
+from temper.launch.train import RunInterrupted, TrainOptions, stop_on_signal
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.room import shape_of
 from temper.remote_store import fetch
 from temper.run_folder import LOCK
 from temper.tracking.mlflow_store import RunStatus
-from temper.tracking.progress import DisplayMode
 from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_display, summary_table, winner_lines
 
 _LOOK_S = 0.3
 RESULT = "result.json"
 UNSTARTED = "left behind: nothing was started"
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """How to run a sweep; nothing here changes a trial's result."""
-
-    address: str = "local"
-    fresh: bool = False
-    display: DisplayMode = "plain"
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class SweepResult:
         return values
 
 
-def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], options: SweepOptions) -> SweepResult:
+def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], options: TrainOptions) -> SweepResult:
     """Runs the sweep of a space file, or goes on with it. `overrides` are of the base job.
 
     Raises:
@@ -167,7 +155,8 @@ def _run(
     # By Ray Data, which would wait for the processors that the worker groups hold.
     for each in {each.data.fingerprint: each for each in plan.plans}.values():
         ingest(each.job.data, each.data, each.job.storage_folder, display.stage)
-    with _stop_on_signal(display) as stop:
+    ask = partial(display.note, "stopping: every trial saves its state; once more to stop at once")
+    with stop_on_signal(ask) as stop:
         outcome = _with_coordinator(plan, known, stop, display)
     audit = before.left_behind()
     if stop.is_set():
@@ -269,28 +258,6 @@ def _cause(error: BaseException) -> BaseException:
     return (
         error if isinstance(error, TemperError) else RunError(f"the sweep broke off: {type(error).__name__}: {error}")
     )
-
-
-@contextmanager
-def _stop_on_signal(display: SweepDisplay) -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks all trials to save their state; a second ends at once."""
-    stop = threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        display.note("stopping: every trial saves its state; once more to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reused(

@@ -16,7 +16,7 @@ from typing import Any
 
 from temper.config.load import job_to_yaml
 from temper.errors import RunError
-from temper.files import read_json, write_json
+from temper.files import write_json
 from temper.launch.teacher_runs import teacher_tags
 from temper.launch.train import phase_tags
 from temper.plan.build import Plan
@@ -24,7 +24,7 @@ from temper.remote_store import publish_run
 from temper.run_folder import RUN
 from temper.tracking.delivery import Delivery
 from temper.tracking.history import phase_histories
-from temper.tracking.mlflow_store import RunMetrics, RunStatus, close_run, log_tags, open_run
+from temper.tracking.mlflow_store import RunMetrics, RunStatus, close_run, known_run, log_tags, open_run
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,10 @@ class SweepTracking:
         self.parent_id = self.parent_id or self._parent()
         plan = child.plan
         plan.run_folder.mkdir(parents=True, exist_ok=True)
-        known = read_json(plan.run_folder / RUN) or {}
         run_id = open_run(
             self._uri,
             plan,
-            run_id=known.get("run_id") if known.get("uri") == self._uri else None,
+            run_id=known_run(plan.run_folder / RUN, self._uri),
             job_yaml=job_to_yaml(plan.job),
             command=self._command,
             # At once: a coordinator that is killed now would leave a run that nobody knows.
