@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test test-all check format bench
+.PHONY: install demo test test-all test-services check format bench pictures
 
 install: $(INSTALLED)
 
@@ -21,7 +21,10 @@ demo: install  ## train the digits job, from the command to the result
 	$(BIN)/temper train jobs/digits.yaml
 
 test: install  ## the tests; under 12 minutes on 2 cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not services and not browser"
+
+test-services: install  ## a sweep against PostgreSQL and MLflow's server, and the pages in a browser; needs both from Debian
+	$(BIN)/python -m pytest -q -m "services or browser"
 
 test-all: install  ## the tests and the long proofs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -40,3 +43,7 @@ bench: install  ## temper beside hand-written loops, sparse and taught steps bes
 	$(BIN)/python benchmarks/step_loop.py
 	$(BIN)/python benchmarks/dsd_step.py --repeats 9
 	$(BIN)/python benchmarks/distill_step.py --repeats 9
+
+pictures: install  ## the README's pictures, made anew; needs Chromium
+	$(BIN)/python docs/make_pictures.py /tmp/pictures
+	TEMPER_PICTURES=$(CURDIR)/docs $(BIN)/python -m pytest -q -m browser

@@ -49,6 +49,7 @@ from temper.parallel.groups import build_groups
 from temper.plan.build import Plan
 from temper.plan.facts import data_facts
 from temper.plan.mesh import ClusterShape
+from temper.plan.peaks import Speed
 from temper.techniques.distill.cache import write_piece
 from temper.techniques.distill.cache_files import complete_cache, missing_pieces, plan_cut
 from temper.techniques.distill.signals import Signals, Taught
@@ -223,7 +224,7 @@ class Contest:
             first_step=0,
             rank=self.rank,
             world_size=self.plan.mesh.world_size,
-            global_batch=BATCH,
+            speed=Speed(BATCH),
             record_every=1,
             device=torch.device("cpu"),
         )

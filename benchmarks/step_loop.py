@@ -40,6 +40,7 @@ from temper.parallel.groups import build_groups
 from temper.plan.deepspeed_config import deepspeed_config
 from temper.plan.facts import data_facts
 from temper.plan.mesh import MeshPlan, plan_batch
+from temper.plan.peaks import Speed
 from temper.schedules import build_schedule
 
 WARM_UP = 5
@@ -127,7 +128,7 @@ class Contest:
             first_step=0,
             rank=self.rank,
             world_size=self.workers,
-            global_batch=128,
+            speed=Speed(128),
             record_every=1,
             device=torch.device("cpu"),
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ from temper.errors import CheckpointError, RunError
 from temper.files import write_json
 from temper.tracking import callback as callback_module
 from temper.tracking.callback import TrackingCallback, TrackingEnd, TrackingTarget, build_callbacks
+from temper.tracking.delivery import Queue, RunTracker
 from temper.tracking.failures import describe_failure, failed_ranks, is_lost_peer
 from temper.tracking.history import Histories, PhaseHistory, Record, read_history
 
@@ -120,22 +122,22 @@ def test_notes_from_the_worker_reach_the_description() -> None:
 
 
 class FakeTracker:
-    """Stores as the real one does, delivers nothing."""
+    """Delivers nothing."""
 
     made: ClassVar[list[FakeTracker]] = []
 
-    def __init__(self, uri: str, run_id: str, histories: Histories, *, system_metrics: bool) -> None:
-        self.arguments = (uri, run_id, system_metrics)
-        self.histories = histories
+    def __init__(self, record: Path, queues: Sequence[Queue]) -> None:
+        self.record, self.queues = record, queues
         self.started = False
+        self.wakes = 0
         self.closed: list[float] = []
         FakeTracker.made.append(self)
 
     def start(self) -> None:
         self.started = True
 
-    def add(self, phase: str, records: list[Record]) -> list[Record]:
-        return self.histories.append(phase, records)
+    def wake(self) -> None:
+        self.wakes += 1
 
     def close(self, timeout_s: float) -> bool:
         self.closed.append(timeout_s)
@@ -146,7 +148,6 @@ class FakeTracker:
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingTarget:
     monkeypatch.setattr(callback_module, "RunTracker", FakeTracker)
     FakeTracker.made = []
-    write_json(tmp_path / "run.json", {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
     return TrackingTarget(
         run_record=str(tmp_path / "run.json"),
         histories=tuple(
@@ -154,7 +155,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingTarget:
             for name, last_step in (("dense", 4), ("sparse-1", 6))
         ),
         failures_path=str(tmp_path / "run" / "failures.jsonl"),
-        system_metrics=True,
+        system_path=str(tmp_path / "system.jsonl"),
     )
 
 
@@ -180,8 +181,9 @@ def test_records_of_rank_0_reach_the_history(target: TrackingTarget) -> None:
     tracking.after_report(None, [report(), report()], None)
     tracking.after_report(None, [report(record(2), record(3)), report()], None)
     assert stored(target) == [record(1), record(2), record(3)]
-    assert [made.arguments for made in FakeTracker.made] == [("sqlite:////nowhere/mlflow.db", "run", True)]
-    assert FakeTracker.made[0].started
+    (tracker,) = FakeTracker.made
+    assert (str(tracker.record), tracker.started, tracker.wakes) == (target.run_record, True, 3)
+    assert tracker.queues[0].phases == target.histories
 
 
 def test_records_go_to_the_history_of_the_phase_that_the_report_names(target: TrackingTarget) -> None:
@@ -253,21 +255,69 @@ def test_callbacks_travel_to_the_controller_together(target: TrackingTarget) -> 
     assert end._tracking is handler._user_callbacks[0]
 
     handler._user_callbacks[0].after_report(None, [report(record(1))], None)
-    tracker = end._tracking._tracker
+    tracker = end._tracking._tracking._tracker
     asyncio.run(end.before_controller_shutdown())
     end.before_controller_abort()
     assert tracker.closed == [15.0, 5.0]
 
 
-def test_records_wait_in_the_history_until_the_run_is_open(target: TrackingTarget) -> None:
-    write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": False})
+def test_samples_of_every_node_reach_their_spool(target: TrackingTarget) -> None:
+    def sample(node: str, time_ms: int) -> dict[str, Any]:
+        return {"node": node, "source": node, "time_ms": time_ms, "metrics": {"cpu_utilization_percentage": 50.0}}
+
+    tracking = TrackingCallback(target)
+    tracking.after_report(None, [{**report(record(1)), "system": [sample("a", 7)]}, report()], None)
+    ranks = [{**report(record(2)), "system": [sample("a", 12)]}, report(), {**report(), "system": [sample("b", 13)]}]
+    tracking.after_report(None, ranks, None)
+    tracking.after_report(None, [{**report(record(3)), "system": []}, report()], None)
+    name = "cpu_utilization_percentage"
+    assert read_history(target.system_path) == [
+        {"step": 1, "time_ms": 7, "metrics": {f"system/a/{name}": 50.0}},
+        {"step": 2, "time_ms": 13, "metrics": {f"system/a/{name}": 50.0, f"system/b/{name}": 50.0}},
+    ]
+    assert [phase.path for phase in FakeTracker.made[0].queues[1].phases] == [Path(target.system_path)]
+    assert stored(target) == [record(1), record(2), record(3)]
+
+
+def test_who_reports_never_speaks_with_the_store(target: TrackingTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread does, and a store that hangs keeps only that one."""
+    answering, asked, sent = threading.Event(), threading.Event(), []
+    speakers: set[threading.Thread] = set()
+
+    def speak() -> None:
+        speakers.add(threading.current_thread())
+        asked.set()
+        assert answering.wait(60.0)
+
+    class Sink:
+        def last_step(self) -> int:
+            speak()
+            return 0
+
+        def send(self, records: Sequence[Record]) -> None:
+            speak()
+            sent.extend(records)
+
+    def open_sink(uri: str, run_id: str) -> Sink:
+        speak()
+        return Sink()
+
+    def queue(histories: Histories) -> Queue:
+        return Queue(histories.phases, open_sink, histories.unwritten)
+
+    monkeypatch.setattr(callback_module, "RunTracker", RunTracker)
+    monkeypatch.setattr(callback_module, "record_queue", queue)
+    monkeypatch.setattr(callback_module, "system_queue", lambda spool: Queue(target.histories, open_sink))
+    write_json(Path(target.run_record), {"uri": "", "run_id": "run", "open": True})
     tracking = TrackingCallback(target)
     tracking.after_report(None, [report(record(1))], None)
-    assert FakeTracker.made == []
-    write_json(Path(target.run_record), {"uri": "sqlite:////nowhere/mlflow.db", "run_id": "run", "open": True})
-    tracking.after_report(None, [report(record(2))], None)
-    assert FakeTracker.made[0].started
-    assert [item["step"] for item in stored(target)] == [1, 2]
+    assert asked.wait(60.0)
+    tracking.after_report(None, [report(record(2), record(3), record(4))], None)
+    assert [item["step"] for item in stored(target)] == [1, 2, 3, 4]
+    assert not tracking.close(0.01)
+    assert sent == []
+    answering.set()
+    assert speakers and threading.current_thread() not in speakers
 
 
 def test_the_end_of_a_run_without_a_report_is_quiet(target: TrackingTarget) -> None:

@@ -1,16 +1,13 @@
-"""What is to be looked at of dense-sparse-dense training: the summary of the weights, the figures, `temper report`, and
-the export of a sparse network with its masks."""
+"""What is to be looked at of dense-sparse-dense training: the summary of the weights, its figures, and the export of a
+sparse network with its masks."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from html import escape
-from html.parser import HTMLParser
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +17,21 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import mlp_facts
-from temper import checkpoint
-from temper.checkpoint import MASK, MASTER, CheckpointReader, Shard
+from made_run import RUN_ID, Made, make_once, save
+from temper.checkpoint import MASK, MASTER, CheckpointReader
 from temper.cli import main
-from temper.config.load import build_job, job_to_yaml
 from temper.data.batches import eval_batches
 from temper.data.sources import load_split
 from temper.errors import JobError
 from temper.export import evaluate_product, export_product, find_product
-from temper.launch.teachers import plan_job
-from temper.models.build import build_model
-from temper.plan import probe
-from temper.plan.build import Plan, build_plan
-from temper.plan.mesh import local_cluster
+from temper.plan.build import Plan
 from temper.plan.phases import PhasePlan, Pruning
-from temper.plan.probe import ModuleOutput
+from temper.techniques.dsd.histogram import BINS, LEVELS, widen
 from temper.techniques.dsd.masks import select_mask
-from temper.techniques.dsd.summary import BINS, LEVELS, summarize, widen, write_summary
-from temper.tracking import figures as drawing
-from temper.tracking import report
-from temper.tracking.figures import PhaseData, draw_figures, rounds, short_name
-from temper.tracking.report import build_page, log_plots, write_report
-
-RUN_ID = "0123456789abcdef0123456789abcdef"
-Weights = Mapping[str, Tensor]
-
-
-def save(folder: Path, step: int, weights: Weights, masks: Weights, records: Sequence[Any] = ()) -> Path:
-    """A checkpoint of these weights and masks under the phase's `folder`."""
-    path = checkpoint.checkpoint_folder(folder / "checkpoints", step)
-    shards = [Shard(name, 0, {MASTER: weight.reshape(-1)}) for name, weight in weights.items()]
-    shards += [Shard(name, 0, {MASK: mask.reshape(-1)}) for name, mask in masks.items()]
-    checkpoint.write_shards(path, 0, shards)
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    checkpoint.write_manifest(path, 1, {"step": step, "engine": {}}, shapes, records)
-    return path
-
+from temper.techniques.dsd.summary import summarize, write_summary
+from temper.tracking.report.figure import figure_svg
+from temper.tracking.report.run_data import PhaseData, Round, read_run, rounds, short_name
+from temper.tracking.report.weight_figures import weight_figures
 
 # ---------------------------------------------------------------------------------------------------------- summary
 
@@ -189,34 +164,12 @@ def counted(weights: Tensor, limit: float) -> list[int]:
     return torch.bincount(bins, minlength=BINS).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------- a run
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished run of dense-sparse-dense training, made without Ray; `phases` gives the folder of each."""
-
-    plan: Plan
-    folder: Path
-    phases: dict[str, Path]
-
-
-JOB: dict[str, Any] = {
-    "name": "made",
-    "model": {"kind": "mlp", "hidden": [32]},
-    "data": {"kind": "digits", "global_batch": 64, "holdout": 100},
-    "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9},
-    "budget": {"steps": 20},
-    "dsd": {"rounds": [{"sparsity": {"1": 0.75, "3": 0.5}, "sparse_steps": 20, "redense_steps": 10}]},
-}
-FACTS = replace(mlp_facts.FACTS, prunable=mlp_facts.PRUNABLE)
+# ----------------------------------------------------------------------------------------------------------- figures
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(FACTS))))
-        return make_run(tmp_path_factory.mktemp("made"), JOB)
+    return make_once(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
@@ -228,128 +181,38 @@ def own(made: Made, tmp_path: Path) -> Made:
     return Made(made.plan, storage / made.folder.name, moved)
 
 
-def make_run(folder: Path, values: dict[str, Any]) -> Made:
-    """Trains the job's small net on the digits as its phases say, and writes what temper would."""
-    job = build_job({**values, "storage": str(folder / "runs")})
-    plan = build_plan(job, local_cluster(), folder)
-    made = Made(plan, plan.run_folder, {phase.name: plan.phase_folder(phase) for phase in plan.phases})
-    for place in (made.folder, *made.phases.values()):
-        place.mkdir(parents=True)
-        (place / "job.yaml").write_text(job_to_yaml(job))
-        (place / "plan.json").write_text(json.dumps({**plan.to_dict(), "import_folders": [str(folder)]}))
-    (made.folder / "run.json").write_text(json.dumps({"run_id": RUN_ID, "uri": "", "open": False}))
-    model = build_model(job.model, plan.data, job.seed)
-    before, layers = None, [weight.name for weight in FACTS.prunable]
-    for phase in plan.phases:
-        masks = train_phase(model, plan, phase)
-        records = [record(plan, phase, step, model) for step in range(phase.first_step + 1, phase.last_step + 1)]
-        place = made.phases[phase.name]
-        (place / "history.jsonl").write_text("".join(json.dumps(item) + "\n" for item in records))
-        end = save(place, phase.last_step, dict(model.named_parameters()), masks, records[-1:])
-        if before is not None:
-            write_summary(place, summarize(phase, layers, before, end))
-        manifest = {"name": phase.name, "fingerprint": phase.fingerprint, "steps": phase.last_step, "seconds": 1.5}
-        manifest |= {"checkpoint": str(end.relative_to(place)), "metrics": records[-1]["metrics"]}
-        (place / "phase.json").write_text(json.dumps(manifest))
-        before = end
-    return made
-
-
-def train_phase(model: nn.Module, plan: Plan, phase: PhasePlan) -> dict[str, Tensor]:
-    """Trains on the training split, with pruned weights held at zero; gives the masks."""
-    weights = dict(model.named_parameters())
-    layers = phase.pruning.layers if phase.pruning else {}
-    masks = {name: select_mask(name, weights[name], phase.pruning) for name in layers if phase.pruning}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    split = load_split(plan.job.data, "train", Path(plan.job.storage), plan.data)
-    batches = eval_batches(plan.job.data, split, plan.data, rank=0, world_size=1, batch=128)
-    for batch, _ in itertools.islice(itertools.cycle(list(batches)), phase.steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
-        optimizer.step()
-        with torch.no_grad():
-            for name, mask in masks.items():
-                weights[name] *= mask
-    return masks
-
-
-def record(plan: Plan, phase: PhasePlan, step: int, model: nn.Module) -> dict[str, Any]:
-    metrics = {"train/loss": 2.0 / step, "train/lr": phase.lr, "phase": float(plan.phases.index(phase))}
-    if step % 5 == 0:
-        metrics |= {"eval/loss": 2.5 / step, "eval/accuracy": 1 - 1 / step}
-        if phase.kind != "dense":
-            zeros = {weight.name: (model.get_parameter(weight.name) == 0).double().mean() for weight in FACTS.prunable}
-            metrics |= {f"sparsity/{name}": float(share) for name, share in zeros.items()}
-            metrics["sparsity"] = float(sum(zeros.values()) / len(zeros))
-    if step == phase.last_step:
-        metrics |= {"test/loss": 0.25, "test/accuracy": 0.875}
-    return {"step": step, "time_ms": 1000 * step, "metrics": metrics}
-
-
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
 @pytest.fixture(scope="module")
-def figures(made: Made) -> dict[str, str]:
-    return draw_figures(phase_data(made))
-
-
-@pytest.fixture(scope="module")
-def page(made: Made) -> str:
-    return build_page(made.folder)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without figures, which take time."""
-    monkeypatch.setattr(report, "draw_figures", lambda phases: {})
-
-
-def phase_data(made: Made) -> list[PhaseData]:
-    return [
-        report._read_phase(asdict(phase), made.phases[phase.name])  # as a page and MLflow read them
-        for phase in made.plan.phases
-    ]
+def phases(made: Made) -> list[PhaseData]:
+    return list(read_run(made.folder).phases)
 
 
 def texts_of(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
-def test_every_figure_of_a_round_is_drawn_and_labelled(figures: dict[str, str]) -> None:
-    assert list(figures) == ["training", "sparsity", "weights-1", "returned-1"]
-    for svg in figures.values():
+def test_every_figure_of_a_round_is_drawn_and_labelled(phases: list[PhaseData]) -> None:
+    (item,) = rounds(phases)
+    figures = weight_figures(item)
+    assert [figure.name for figure in figures] == ["weights-1", "returned-1"]
+    weights, returned = map(figure_svg, figures)
+    for svg in (weights, returned):
         assert svg.startswith("<svg") and svg.endswith("</svg>\n")
-    names = {"dense", "sparse-1", "redense-1"}
-    assert {"accuracy", "loss", "learning rate", "optimizer step", *names} <= set(texts_of(figures["training"]))
-    assert {"1", "3", "optimizer step", "zero (%)", *names} <= set(texts_of(figures["sparsity"]))
     assert {"end of sparse-1", "end of redense-1", "all pruned layers", "75% zero", "50% zero"} <= set(
-        texts_of(figures["weights-1"])
+        texts_of(weights)
     )
-    assert {"above the threshold", "threshold", "median", "1", "3"} <= set(texts_of(figures["returned-1"]))
+    assert {"above the threshold", "threshold", "median", "1", "3"} <= set(texts_of(returned))
+    assert [figure_svg(figure) for figure in figures] == [weights, returned]
 
 
-def test_the_same_data_is_the_same_picture(made: Made, figures: dict[str, str]) -> None:
-    assert draw_figures(phase_data(made)) == figures
+def test_a_round_has_the_figures_that_it_has_come_to(phases: list[PhaseData]) -> None:
+    dense, sparse, redense = phases
 
+    def names(*parts: PhaseData) -> list[str]:
+        return [figure.name for item in rounds([dense, *parts]) for figure in weight_figures(item)]
 
-def test_figures_show_what_there_is(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("training", "sparsity", "weights", "returned"):
-        monkeypatch.setattr(drawing, f"draw_{name}", lambda *_: "drawn")
-    dense, sparse, redense = phase_data(made)
-    assert draw_figures([replace(dense, records=[], metrics={})]) == {}
-    assert list(draw_figures([dense])) == ["training"]
-    assert list(draw_figures([dense, sparse])) == ["training", "sparsity", "weights-1"]
-    unfinished = replace(redense, weights=None)
-    assert list(draw_figures([dense, sparse, unfinished])) == ["training", "sparsity", "weights-1"]
-    nothing = [replace(phase, weights=summary_of_nothing(phase)) for phase in (sparse, redense)]
-    assert list(draw_figures([dense, *nothing])) == ["training", "sparsity"]
-
-
-def test_a_round_that_has_just_begun_is_drawn(made: Made) -> None:
-    dense, sparse, _ = phase_data(made)
-    begun = replace(sparse, records=sparse.records[:3], metrics={}, weights=None)
-    assert list(draw_figures([dense, begun])) == ["training"]
+    assert names(sparse, replace(redense, weights=None)) == names(sparse) == ["weights-1"]
+    assert names(replace(sparse, weights=None)) == []
+    assert names(*(replace(phase, weights=summary_of_nothing(phase)) for phase in (sparse, redense))) == []
 
 
 def summary_of_nothing(phase: PhaseData) -> dict[str, Any]:
@@ -358,19 +221,19 @@ def summary_of_nothing(phase: PhaseData) -> dict[str, Any]:
     return {"layers": {}, "total": {**phase.weights["total"], "weights": 0, "pruned": 0}}
 
 
-def test_names_with_markup_and_dollars_are_only_text(made: Made) -> None:
-    dense, sparse, _ = phase_data(made)
+def test_names_with_markup_and_dollars_are_only_text(phases: list[PhaseData]) -> None:
+    dense, sparse, _ = phases
     assert sparse.weights is not None
-    odd = "<script>$x$&.weight"
-    layers = {odd if name == "1.weight" else name: layer for name, layer in sparse.weights["layers"].items()}
-    svg = draw_figures([dense, replace(sparse, weights={**sparse.weights, "layers": layers})])["weights-1"]
+    layers = {"<script>$x$&.weight" if name == "1.weight" else name: each for name, each in sparse.layers.items()}
+    odd = replace(sparse, weights={**sparse.weights, "layers": layers})
+    svg = figure_svg(weight_figures(Round(1, dense, odd, None))[0])
     assert "&lt;script&gt;$x$&amp;" in svg
     assert "<script" not in svg
 
 
-def test_rounds_pair_the_phases(made: Made) -> None:
-    dense, sparse, redense = phase_data(made)
-    second = replace(sparse, name="sparse-2")
+def test_rounds_pair_the_phases(phases: list[PhaseData]) -> None:
+    dense, sparse, redense = phases
+    second = replace(sparse, plan={**sparse.plan, "name": "sparse-2"})
     found = rounds([dense, sparse, redense, second])
     assert [(item.number, item.before.name, item.sparse.name) for item in found] == [
         (1, "dense", "sparse-1"),
@@ -380,173 +243,10 @@ def test_rounds_pair_the_phases(made: Made) -> None:
     assert rounds([dense]) == []
 
 
-def test_losses_that_are_not_numbers_are_drawn_as_gaps(made: Made) -> None:
-    dense = phase_data(made)[0]
-    records = [{**item, "metrics": {**item["metrics"], "train/loss": float("nan")}} for item in dense.records]
-    assert list(draw_figures([replace(dense, records=records)])) == ["training"]
-
-
 def test_a_long_name_keeps_both_ends() -> None:
     assert short_name("layer1.0.conv1.weight") == "layer1.0.conv1"
     assert short_name("abcdefghij.klmnop.weight", 9) == "abcd…mnop"
     assert short_name("rnn.weight_ih_l0") == "rnn.weight_ih_l0"
-
-
-# ------------------------------------------------------------------------------------------------------------ report
-
-
-class Page(HTMLParser):
-    """Tags that were opened, attributes that name something to load, and whether every tag was closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-
-def cells(page: str, first: str) -> list[str]:
-    """Of the table row that begins with this cell."""
-    (row,) = re.findall(rf"<tr><td[^>]*>{re.escape(first)}</td>.*?</tr>", page)
-    return re.findall(r"<td[^>]*>(.*?)</td>", row)
-
-
-def test_the_page_says_what_the_run_is(made: Made, page: str) -> None:
-    dense, sparse, redense = made.plan.phases
-    header = re.findall(r"<th>(.*?)</th>", page.split("<h2>Phases</h2>")[1].split("</tr>")[0])
-    assert header[:5] == ["phase", "steps", "learning rate", "pruned", "zero weights"]
-    found = {phase.name: dict(zip(header, cells(page, phase.name), strict=True)) for phase in made.plan.phases}
-    assert found["dense"]["steps"] == "0–20"
-    assert found["sparse-1"]["pruned"] == "50–75 % of 2 layers"
-    assert found["sparse-1"]["zero weights"] == "62.5 %"
-    assert found["redense-1"]["learning rate"] == "0.01"
-    for phase in (dense, sparse, redense):
-        row = found[phase.name]
-        assert (row["test/accuracy"], row["eval/accuracy"]) == ("0.8750", f"{1 - 1 / phase.last_step:.4f}")
-        assert (row["computed by"], row["fingerprint"], row["seconds"]) == ("this run", phase.fingerprint[:10], "1.5")
-    assert f"complete, step 50 of 50; MLflow run {RUN_ID}" in page
-    assert f"temper train {made.folder / 'job.yaml'}" in page
-    assert f"torch {torch.__version__.split('+')[0]}" in page
-    assert page.count("<figure>") == 4
-
-
-def test_the_page_says_who_taught_and_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
-    facts = replace(FACTS, outputs=(ModuleOutput("2", "ReLU", (32,), 1),))
-    monkeypatch.setattr(probe, "_ask", lambda *_: json.loads(json.dumps(asdict(facts))))
-    alone = {**JOB, "dsd": None, "storage": str(tmp_path / "runs")}
-    for seed, name in enumerate(("wise", "grey")):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**alone, "name": name, "seed": seed}))
-    distill = {
-        "teacher": [{"source": "wise.yaml", "weight": 2}, "grey.yaml"],
-        "temperature": {"start": 8, "end": 1},
-        "loss": "decoupled",
-        "features": [{"student": "2", "of": 1}],
-    }
-    plan = plan_job(build_job({**alone, "distill": distill}), local_cluster(), tmp_path)
-    assert plan.distill is not None
-    wise, grey = (teacher.fingerprint[:10] for teacher in plan.distill.teachers)
-    plan.run_folder.mkdir(parents=True)
-    (plan.run_folder / "job.yaml").write_text(job_to_yaml(plan.job))
-    (plan.run_folder / "plan.json").write_text(json.dumps(plan.to_dict()))
-    rows = [
-        f"taught by</th><td>wise, {wise}, weight 2</td>",
-        f"taught by</th><td>grey, {grey}, weight 1</td>",
-        "soft targets</th><td>T 8 → 1 (linear), alpha 0.9, decoupled (non_target_weight 8)</td>",
-        "level</th><td>2 32 → 2 of teacher 1 32, mse, weight 1</td>",
-    ]
-    page = build_page(plan.run_folder)
-    assert [row for row in rows if row not in page] == [] and "teacher on the test split" not in page
-
-    metrics = {"train/loss": 2.0, "teacher/accuracy": 0.9375, "teacher/loss": 0.25}
-    folder = plan.phase_folder(plan.phases[0])
-    folder.mkdir(parents=True)
-    (folder / "history.jsonl").write_text(json.dumps({"step": 1, "time_ms": 0, "metrics": metrics}) + "\n")
-    row = "teacher on the test split</th><td>accuracy 0.9375, loss 0.2500</td>"
-    assert row in build_page(plan.run_folder)
-
-
-def test_the_page_has_a_row_for_each_layer(made: Made, page: str) -> None:
-    redense = phase_data(made)[2].weights
-    assert redense is not None
-    for name, title in (("1.weight", "1"), ("3.weight", "3")):
-        layer = redense["layers"][name]
-        share = 100 * layer["returned"]["above_threshold"] / layer["pruned"]
-        row = cells(page, title)
-        assert row[1:3] == [f"{layer['weights']:,}", {"1": "75 %", "3": "50 %"}[title]]
-        assert row[3] == f"{layer['threshold']:.4g}"
-        assert row[6] == f"{share:.4g} %"
-    assert cells(page, "all of them")[1:3] == ["2,368", f"{100 * 1696 / 2368:.4g} %"]
-
-
-def test_the_page_needs_nothing_beside_itself(page: str) -> None:
-    parsed = Page(page)
-    assert {"script", "link", "iframe", "object", "base"} & set(parsed.tags) == set()
-    assert [link for link in parsed.loads if not link.startswith(("#", "data:image/png;base64,"))] == []
-    assert re.findall(r"url\((?!#)|@import", page) == []
-    assert "default-src 'none'" in page
-
-
-def test_what_users_write_is_escaped(own: Made, undrawn: None) -> None:
-    values = yaml.safe_load((own.folder / "job.yaml").read_text())
-    values["data"]["augment"] = []
-    values["tracking"]["uri"] = "http://me:hunter2@host/<script>alert(1)</script>"
-    values["dsd"]["exclude"] = ["<b>&"]
-    (own.folder / "job.yaml").write_text(yaml.safe_dump(values))
-    page = build_page(own.folder)
-    Page(page)
-    assert escape("<script>alert(1)</script>") in page
-    assert escape("<b>&") in page
-    assert "<script" not in page and "<b>" not in page
-    assert "hunter2" not in page
-
-
-def test_a_run_that_reuses_a_phase_says_whose_it_is(own: Made, undrawn: None) -> None:
-    computing = json.loads((own.phases["dense"] / "plan.json").read_text())
-    (own.phases["dense"] / "plan.json").write_text(
-        json.dumps({**computing, "run_folder": "/elsewhere/other-0123456789"})
-    )
-    page = build_page(own.folder)
-    assert "reused from other-0123456789" in cells(page, "dense")
-    assert "this run" in cells(page, "sparse-1")
-
-
-def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(own: Made) -> None:
-    (own.phases["sparse-1"] / "phase.json").unlink()
-    (own.phases["sparse-1"] / "weights.json").unlink()
-    shutil.rmtree(own.phases["redense-1"])
-    page = build_page(own.folder)
-    Page(page)
-    assert "1 of 3 phases complete, step 40 of 50" in page
-    assert "not complete" in cells(page, "sparse-1")
-    assert page.count("<figure>") == 2
-
-
-def test_a_job_of_one_phase_has_a_report_too(own: Made) -> None:
-    plan = json.loads((own.folder / "plan.json").read_text())
-    values = yaml.safe_load((own.folder / "job.yaml").read_text())
-    (own.folder / "plan.json").write_text(json.dumps({**plan, "phases": plan["phases"][:1], "steps": 20}))
-    (own.folder / "job.yaml").write_text(yaml.safe_dump({**values, "dsd": None}))
-    page = build_page(own.folder)
-    Page(page)
-    assert "complete, step 20 of 20" in page
-    assert page.count("<figure>") == 1
-    assert "Round" not in page
 
 
 Temper = Callable[..., tuple[int, str, str]]
@@ -560,58 +260,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Temper:
         return code, out, err
 
     return call
-
-
-def test_the_command_writes_the_page_and_says_where(run: Temper, own: Made, undrawn: None, tmp_path: Path) -> None:
-    code, out, err = run("report", RUN_ID, "--storage", own.folder.parent, "--json")
-    assert (code, json.loads(out)) == (0, {"file": str(own.folder / "report.html")})
-    assert err == f"report in {own.folder / 'report.html'}\n"
-    page = (own.folder / "report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>")
-    code, _, err = run("report", own.folder, "--to", tmp_path / "new" / "page.html")
-    assert (code, err) == (0, f"report in {tmp_path / 'new' / 'page.html'}\n")
-    assert (tmp_path / "new" / "page.html").read_text() == page
-
-
-def test_the_command_refuses_what_is_no_run(run: Temper, own: Made, undrawn: None, tmp_path: Path) -> None:
-    code, _, err = run("report", "nothing", "--storage", tmp_path)
-    assert (code, err.splitlines()[1].split(" and ")[0]) == (2, "  RUN: nothing is no folder,")
-    for folder in (tmp_path, own.phases["dense"]):
-        code, _, err = run("report", folder)
-        assert code == 2
-        assert err.endswith(" is not a run's folder; give a run's id, or its folder in the storage\n")
-    (tmp_path / "file").touch()
-    code, _, err = run("report", own.folder, "--to", tmp_path / "file" / "page.html")
-    assert (code, err.count("\n")) == (1, 1)
-
-
-def test_plots_and_summaries_go_to_mlflow(made: Made, figures: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "draw_figures", lambda phases: figures)
-    logged: dict[str, str] = {}
-    monkeypatch.setattr(report, "log_texts", lambda uri, run_id, texts: logged.update(texts))
-    assert log_plots("sqlite:///x", RUN_ID, made.plan)
-    plots = [f"plots/{name}.svg" for name in ("training", "sparsity", "weights-1", "returned-1")]
-    assert list(logged) == [*plots, "weights/sparse-1.json", "weights/redense-1.json"]
-    assert json.loads(logged["weights/sparse-1.json"]) == json.loads(
-        (made.phases["sparse-1"] / "weights.json").read_text()
-    )
-
-
-def test_plots_that_fail_are_a_line_in_the_log(
-    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(report, "draw_figures", lambda phases: {"training": "<svg/>"})
-    assert not log_plots("nonsense://x", RUN_ID, made.plan)
-    assert "does not take plots/training.svg" in caplog.text
-    monkeypatch.setattr(report, "draw_figures", lambda phases: 1 / 0)
-    assert not log_plots("sqlite:///x", RUN_ID, made.plan)
-    assert "no plots in MLflow: division by zero" in caplog.text
-    assert f"`temper report {RUN_ID}` draws them" in caplog.text
-
-
-def test_the_page_is_refused_where_there_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="is not a run's folder"):
-        write_report(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ export

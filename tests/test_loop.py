@@ -17,6 +17,7 @@ from temper.data.batches import Batch, DataState
 from temper.engine.base import StepResult
 from temper.errors import RunError
 from temper.loop import Calendar, Interrupted, Record, Reporter, TrainState, build_recovery, step_seed, train
+from temper.plan.peaks import Speed
 from temper.precision.watch import Observation, Watch, WatchedStep, unwatched
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def run_loop(
         first_step=state.step,
         rank=rank,
         world_size=world_size,
-        global_batch=32,
+        speed=Speed(32),
         record_every=record_every,
         device=CPU,
     )

@@ -805,13 +805,15 @@ def test_gates_are_the_steps_at_which_something_is_due() -> None:
 # ------------------------------------------------------------------------------------------------------------ records
 
 
+TIMES = {"time/step_s": 0.1}
+
+
 def build_records(record_every: int = 1) -> StepRecords:
     return StepRecords(
         2,
         4,
-        global_batch=64,
         record_every=record_every,
-        lr_at=lambda step: step / 10,
+        values_at=lambda step: {"train/lr": step / 10},
         staleness={0: 3},
         pushes={0: 3},
         constants={"phase": 1.0},
@@ -828,14 +830,14 @@ def push_step(records: StepRecords, step: int, staleness: int = 0) -> None:
 def test_a_record_is_the_mean_over_the_steps_mini_batches() -> None:
     records = build_records()
     push_step(records, 4, staleness=1)
-    (record,) = records.take(20, step_s=0.5)
+    (record,) = records.take(20, {"time/step_s": 0.5, "time/mfu": 0.25})
     assert record["step"] == 5
     assert record["metrics"] == {
         "train/loss": 4.5,
         "train/lr": 0.4,
         "train/grad_norm": 2.5,
         "time/step_s": 0.5,
-        "time/examples_per_s": 128.0,
+        "time/mfu": 0.25,
         "server/staleness_mean": 1.5,
         "server/staleness_max": 2.0,
         "server/clock_lead": 1.0,
@@ -848,11 +850,11 @@ def test_records_come_in_the_order_of_the_steps() -> None:
     for step in (5, 7, 6):
         push_step(records, step)
     assert records.num_complete(20) == 0
-    assert records.take(20, 0.1) == []
+    assert records.take(20, TIMES) == []
     push_step(records, 4)
     assert records.num_complete(20) == 4
-    assert [record["step"] for record in records.take(6, 0.1)] == [5, 6]
-    last = records.take(20, 0.1, {"eval/accuracy": 0.5})
+    assert [record["step"] for record in records.take(6, TIMES)] == [5, 6]
+    last = records.take(20, TIMES, {"eval/accuracy": 0.5})
     assert [("eval/accuracy" in record["metrics"]) for record in last] == [False, True]
 
 
@@ -860,8 +862,8 @@ def test_not_every_step_need_be_recorded() -> None:
     records = build_records(record_every=3)
     for step in range(4, 10):
         push_step(records, step)
-    assert [record["step"] for record in records.take(8, 0.1)] == [6]
-    assert [record["step"] for record in records.take(10, 0.1, {"eval/accuracy": 0.5})] == [9, 10]
+    assert [record["step"] for record in records.take(8, TIMES)] == [6]
+    assert [record["step"] for record in records.take(10, TIMES, {"eval/accuracy": 0.5})] == [9, 10]
 
 
 def test_the_summary_has_the_whole_run() -> None:

@@ -231,7 +231,7 @@ def test_only_folders_of_phases_that_are_run_are_marked(plan: Plan, monkeypatch:
     assert (plan.run_folder / "job.yaml").read_text() == "name: tiny\n"
 
 
-def test_tags_name_the_run_that_computed_a_phase(plan: Plan, tmp_path: Path) -> None:
+def test_the_run_that_computed_a_phase_is_known(plan: Plan, tmp_path: Path) -> None:
     other = plan_of(tmp_path / "runs", "other", "abd")
     other.run_folder.mkdir(parents=True)
     write_json(other.run_folder / RUN, {"run_id": "other run"})
@@ -243,12 +243,6 @@ def test_tags_name_the_run_that_computed_a_phase(plan: Plan, tmp_path: Path) -> 
     write_json(plan.phase_folder(plan.phases[1]) / PLAN, {"run_folder": "/gone/with-its-run"})
     write_json(plan.phase_folder(plan.phases[2]) / PLAN, {"run_folder": str(plan.run_folder)})
     assert [computing_run(plan, phase) for phase in plan.phases] == ["other run", None, "own run"]
-    assert train.phase_tags(plan, "own run") == {
-        "temper.phase.dense": "a" * 64,
-        "temper.phase.dense.computed_by": "other run",
-        "temper.phase.sparse-1": "b" * 64,
-        "temper.phase.redense-1": "c" * 64,
-    }
 
 
 # ----------------------------------------------------------------------------------------------------------- its result
@@ -412,7 +406,10 @@ def test_a_job_of_two_rounds_its_reuse_and_one_that_shares_its_first_phases(tmp_
 
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     runs = {run.info.run_id: run for run in client.search_runs(["1"])}
-    assert set(runs) == {first["run_id"], other["run_id"]}
+    assert {run_id for run_id, run in runs.items() if run.data.tags["temper.kind"] == "run"} == {
+        first["run_id"],
+        other["run_id"],
+    }
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     for result, lengths in ((first, [8, 4, 4, 4, 4]), (other, [8, 4, 6])):
         series = client.get_metric_history(result["run_id"], "phase")
@@ -426,10 +423,12 @@ def test_a_job_of_two_rounds_its_reuse_and_one_that_shares_its_first_phases(tmp_
     ]
     sparsity = client.get_metric_history(first["run_id"], "sparsity")
     assert [(point.step, point.value) for point in sparsity if point.step in (12, 20)] == [(12, 0.5), (20, 0.25)]
-    tags = runs[other["run_id"]].data.tags
-    assert {name: value for name, value in tags.items() if name.startswith("temper.phase.")} == {
-        **{f"temper.phase.{phase['name']}": phase["fingerprint"] for phase in other["phases"]},
-        "temper.phase.dense.computed_by": first["run_id"],
-        "temper.phase.sparse-1.computed_by": first["run_id"],
-    }
-    assert not [name for name in runs[first["run_id"]].data.tags if name.endswith("computed_by")]
+    for result, taken in ((first, []), (other, ["dense", "sparse-1"])):
+        told = json.loads(runs[result["run_id"]].data.tags["temper.phases"])
+        assert [(each["name"], each["fingerprint"]) for each in told] == [
+            (phase["name"], phase["fingerprint"]) for phase in result["phases"]
+        ]
+        assert [each["name"] for each in told if each["reused"]] == taken
+        assert {each["computed_by"] for each in told if each["reused"]} == {first["run_id"]} - {result["run_id"]}
+        phases = [runs[each["run_id"]] for each in told]
+        assert {run.data.tags["mlflow.parentRunId"] for run in phases} == {result["run_id"]}

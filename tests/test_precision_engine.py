@@ -24,6 +24,7 @@ from temper.engine.deepspeed_engine import DeepSpeedEngine
 from temper.errors import RunError
 from temper.loop import Calendar, Record, Reporter, TrainState, build_recovery, train
 from temper.parallel.groups import MeshGroups, build_groups
+from temper.plan.peaks import Speed
 from temper.precision.twin import gathered_weights
 from temper.precision.watch import TwinWatch, WatchedStep
 
@@ -204,7 +205,7 @@ def train_with(
         first_step=state.step,
         rank=rank,
         world_size=WORKERS,
-        global_batch=BATCH,
+        speed=Speed(BATCH),
         record_every=1,
         device=torch.device("cpu"),
     )

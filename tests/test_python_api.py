@@ -61,7 +61,7 @@ def test_importing_imports_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_functions_are_all_there_is() -> None:
-    assert temper.__all__ == ["load_job", "plan", "sweep", "train"]
+    assert temper.__all__ == ["load_job", "plan", "results", "sweep", "train"]
     assert all(callable(getattr(temper, name)) for name in temper.__all__)
     assert (resources.files(temper) / "py.typed").is_file()
 

@@ -17,10 +17,10 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from temper.config.space import Params, SpaceConfig
 from temper.launch.forks import fork_params
-from temper.launch.ranking import best_trial
 from temper.launch.rungs import RungClock, check_rungs
 from temper.launch.schedulers import TRIAL_RESOURCES, build_scheduler, limited_trials, tune_environment
 from temper.launch.search import build_search, decode, decode_all, expand_trials
+from temper.ranking import best_trial
 
 PHASES = ("dense", "sparse-1", "redense-1")
 ACCURACY = {"metric": "eval/accuracy", "mode": "max"}

@@ -13,7 +13,6 @@ from ray.tune.search import Searcher
 from temper.config.space import Objective, Params, SpaceConfig
 from temper.config.space_load import active_params
 from temper.launch.forks import fork_params
-from temper.launch.ranking import best_trial, is_better, pareto_front
 from temper.launch.search import (
     DistinctOptunaSearch,
     build_search,
@@ -23,6 +22,7 @@ from temper.launch.search import (
     expand_trials,
     order_trials,
 )
+from temper.ranking import best_trial, is_better, pareto_front
 
 ROUNDS = {"kind": "choice", "values": [1, 2]}
 SPARSITY = {"kind": "quniform", "low": 0.3, "high": 0.9, "q": 0.1}

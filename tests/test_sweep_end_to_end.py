@@ -113,11 +113,14 @@ def test_the_tree_in_mlflow(six: Swept) -> None:
     for trial in result["trials"]:
         run = runs[trial["run_id"]]
         assert run.data.params["optimizer.lr"] == str(trial["params"]["optimizer.lr"])
+        assert run.data.params["sweep.optimizer.lr"] == str(trial["params"]["optimizer.lr"])
+        known = {each.data.tags["temper.phase"]: each for each in children_of(folder, trial["run_id"])}
+        assert set(known) == {phase["name"] for phase in trial["phases"]}
         for phase in trial["phases"]:
-            tag = f"temper.phase.{phase['name']}"
-            assert run.data.tags[tag] == phase["fingerprint"]
-            by = run.data.tags.get(f"{tag}.computed_by", trial["run_id"])
-            assert by == computed_by[phase["fingerprint"]]
+            tags = known[phase["name"]].data.tags
+            assert tags["temper.fingerprint"] == phase["fingerprint"]
+            assert tags["temper.reused"] == str(phase["reused"]).lower()
+            assert tags.get("temper.computed_by", trial["run_id"]) == computed_by[phase["fingerprint"]]
         found = points(folder, trial["run_id"], "eval/accuracy")
         assert [step for step, _ in found] == [4, 8, 12, 16, 18, 20, 24]
         assert found[-1][1] == trial["metrics"]["eval/accuracy"]
@@ -140,9 +143,11 @@ def test_the_winner_is_exported_and_registered(six: Swept) -> None:
     state = trained_state(folder / "runs", best["phases"][-1]["fingerprint"])
     assert weights.keys() == {"1.weight", "1.bias", "3.weight", "3.bias"}
     assert [name for name, value in weights.items() if not torch.equal(value, state[f"{MASTER}/{name}"])] == []
-    version = client_of(folder).get_model_version_by_alias("little", "best")
+    version = client_of(folder).get_model_version_by_alias("little", "champion")
     assert version.run_id == best["run_id"]
-    assert best["registered"] == f"models:/little/{version.version}"
+    assert (best["registered"], best["alias"]) == (f"models:/little/{version.version}", "champion")
+    assert version.tags["temper.metric.eval/accuracy"] == repr(best["metrics"]["eval/accuracy"])
+    assert version.tags["temper.loadable"] == "true"
 
 
 def test_the_printed_line_repeats_the_winner(six: Swept) -> None:
@@ -248,8 +253,13 @@ def test_what_all_trials_share_is_computed_first(tmp_path: Path) -> None:
         for run in children_of(tmp_path, result["parent_run_id"])
         if run.data.tags["temper.kind"] == "shared"
     ]
-    runs = {run.info.run_id: run.data.tags for run in children_of(tmp_path, result["parent_run_id"])}
-    assert {runs[trial["run_id"]]["temper.phase.dense.computed_by"] for trial in result["trials"]} == {shared}
+    dense = [
+        phase.data.tags["temper.computed_by"]
+        for trial in result["trials"]
+        for phase in children_of(tmp_path, trial["run_id"])
+        if phase.data.tags["temper.phase"] == "dense"
+    ]
+    assert dense == [shared] * 4
     assert [step for step, _ in points(tmp_path, shared, "train/loss")] == list(range(1, 13))
 
 

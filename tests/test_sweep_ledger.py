@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ import pytest
 
 from temper.errors import RunError
 from temper.files import read_json, write_json
+from temper.launch import tracked_run
 from temper.launch.sweep import tracking
 from temper.launch.sweep.ledger import Ledger, LedgerTrial, find_trial, params_key, read_ledger
 from temper.launch.sweep.tracking import SweepTracking
+from temper.launch.tracked_run import TrackedRun
 from temper.plan.build import Plan
 from temper.run_folder import HISTORY, RUN
 from temper.tracking.history import History, Record
+from temper.tracking.mlflow_store import RunGoneError
 from test_sweep_trial import evaluated, facts, planned, record  # noqa: F401
 
 BOUND_S = 60.0  # on what must not hang
+TOLD = {"uri": "here", "command": "temper train job.yaml"}
 PARAMS = {"optimizer.lr": 0.1, "distill.temperature": 4}
 END = {"reason": "", "seconds": 2.5, "time_to_first_step_s": 0.125}
 
@@ -165,6 +169,7 @@ class Store:
         self.points: dict[str, list[int]] = defaultdict(list)
         self.down: set[str] = set()
         self.opened: list[str] = []
+        self.gone: set[str] = set()
         self.arrived = threading.Condition()
         self.sweeps: list[SweepTracking] = []
 
@@ -181,7 +186,8 @@ class Store:
         self, uri: str, plan: Plan, *, run_id: str | None, name: str, tags: Mapping[str, str], **_: Any
     ) -> str:
         self.check("open_run")
-        run_id = run_id or f"run {len(self.runs)}"
+        if run_id is None or run_id in self.gone:
+            run_id = f"run {len(self.runs) + len(self.gone)}"
         self.opened.append(run_id)
         run = self.runs.setdefault(run_id, {"name": name, "tags": dict(tags)})
         run["status"] = "RUNNING"
@@ -191,7 +197,10 @@ class Store:
         self.check("log_tags")
         self.runs[run_id]["tags"] |= tags
 
-    def close_run(self, uri: str, run_id: str, status: str) -> bool:
+    def tree(self, uri: str, run_id: str, plan: Any, storage: Path) -> Tree:
+        return Tree(self, run_id)
+
+    def close_run(self, uri: str, run_id: str, status: str, timeout_s: float) -> bool:
         if "close_run" not in self.down:
             self.runs[run_id]["status"] = status
         return "close_run" not in self.down
@@ -200,14 +209,35 @@ class Store:
         self.check("sink")
         return Sink(self, run_id)
 
+    def come_back_empty(self) -> None:
+        with self.arrived:
+            self.gone |= {*self.runs, "sweep"}
+            self.runs.clear()
+            self.points.clear()
+
     def wait_for(self, run_id: str, steps: Sequence[int]) -> None:
         with self.arrived:
             assert self.arrived.wait_for(lambda: self.points[run_id] == list(steps), BOUND_S)
 
 
+@dataclass
+class Tree:
+    """The run's phases, of which :mod:`test_tree` has the tests."""
+
+    store: Store
+    run_id: str
+
+    def grow(self) -> None:
+        self.store.check("grow")
+
+    def end(self, status: str, tags: Mapping[str, str]) -> None:
+        self.store.check("end")
+        self.store.runs[self.run_id]["tags"] |= tags
+
+
 class Sink:
     def __init__(self, store: Store, run_id: str) -> None:
-        self._store, self._steps = store, store.points[run_id]
+        self._store, self._run_id, self._steps = store, run_id, store.points[run_id]
 
     def last_step(self) -> int:
         return max(self._steps, default=0)
@@ -215,6 +245,8 @@ class Sink:
     def send(self, records: Sequence[Record]) -> None:
         with self._store.arrived:
             self._store.check("send")
+            if self._run_id in self._store.gone:
+                raise RunGoneError(self._run_id)
             self._steps.extend(each["step"] for each in records)
             self._store.arrived.notify_all()
             self._store.check("answer")
@@ -224,7 +256,8 @@ class Sink:
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     fake = Store()
     for name in ("open_run", "log_tags", "close_run"):
-        monkeypatch.setattr(tracking, name, getattr(fake, name))
+        monkeypatch.setattr(tracked_run, name, getattr(fake, name))
+    monkeypatch.setattr(tracked_run, "RunTree", fake.tree)
     monkeypatch.setattr(tracking, "RunMetrics", fake.sink)
     monkeypatch.setattr(tracking, "_LOOK_S", 0.0)
     yield fake
@@ -233,10 +266,24 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         sweep.close()
 
 
-def begun(store: Store, uri: str = "here") -> SweepTracking:
-    sweep = SweepTracking(uri, store.open_sweep, "temper sweep space.yaml")
+class NoSystem:
+    """Of nodes that were never looked at."""
+
+    def deliver(self) -> None: ...
+
+
+def no_system(parent: str) -> Any:
+    return NoSystem()
+
+
+def begun(store: Store) -> SweepTracking:
+    sweep = SweepTracking(store.open_sweep, lambda: None, no_system)
     store.sweeps.append(sweep)
     return sweep
+
+
+def trial_run(plan: Plan, name: str = "", uri: str = "here", **tags: str) -> TrackedRun:
+    return TrackedRun(uri, plan, "temper train job.yaml", name, tags)
 
 
 def trial_plan(id: str, seed: int = 0) -> Plan:
@@ -268,7 +315,7 @@ def test_each_trial_is_a_child_of_the_one_parent(store: Store) -> None:
     trials = [trial_plan(f"t00{seed}", seed) for seed in range(2)]
     sweep = begun(store)
     for number, plan in enumerate(trials):
-        sweep.begin(plan, f"trial {number}", {"temper.trial": f"t00{number}"})
+        sweep.begin(TrackedRun("here", plan, TOLD["command"], f"trial {number}", {"temper.trial": f"t00{number}"}))
     steps = [write_whole(plan) for plan in trials]
     sweep.end(trials[0], "FINISHED", {"temper.trial.status": "finished"})
     sweep.end(trials[1], "KILLED", {"temper.trial.status": "stopped"})
@@ -281,18 +328,17 @@ def test_each_trial_is_a_child_of_the_one_parent(store: Store) -> None:
         assert tags["mlflow.parentRunId"] == "sweep"
         assert tags["temper.trial"] == f"t00{number}"
         assert tags["temper.trial.status"] == ("finished", "stopped")[number]
-        assert tags["temper.phase.dense"] == plan.phases[0].fingerprint
         assert store.points[f"run {number}"] == steps[number]
-        assert run_record(plan) == {"uri": "here", "run_id": f"run {number}", "open": False, "delivered": True}
+        assert run_record(plan) == {**TOLD, "run_id": f"run {number}", "open": False, "delivered": True}
 
 
 def test_a_run_is_delivered_while_it_grows(store: Store) -> None:
     plan = trial_plan("t000")
     sweep = begun(store)
-    sweep.begin(plan, "", {})
+    sweep.begin(trial_run(plan))
     write_history(plan, "dense", [record(1), record(2)])
     store.wait_for("run 0", [1, 2])
-    assert run_record(plan) == {"uri": "here", "run_id": "run 0", "open": True}
+    assert run_record(plan) == {**TOLD, "run_id": "run 0", "open": True}
     write_history(plan, "dense", [record(3)])
     store.wait_for("run 0", [1, 2, 3])
     sweep.end(plan, "KILLED", {})
@@ -304,18 +350,18 @@ def test_the_next_attempt_goes_on_with_the_run(store: Store) -> None:
     plan = trial_plan("t000")
     write_history(plan, "dense", [record(1), record(2)])
     first = begun(store)
-    first.begin(plan, "", {})
+    first.begin(trial_run(plan))
     store.wait_for("run 0", [1, 2])
     assert first.close() == [str(plan.run_folder)]
     assert store.runs["run 0"]["status"] == "RUNNING"
     write_history(plan, "dense", [record(3)])
     second = begun(store)
-    second.begin(plan, "", {})
+    second.begin(trial_run(plan))
     store.wait_for("run 0", [1, 2, 3])
     second.end(plan, "FINISHED", {})
     assert second.close() == []
-    elsewhere = begun(store, "there")
-    elsewhere.begin(plan, "", {})
+    elsewhere = begun(store)
+    elsewhere.begin(trial_run(plan, uri="there"))
     elsewhere.end(plan, "FINISHED", {})
     assert elsewhere.close() == []
     assert store.points == {"run 0": [1, 2, 3], "run 1": [1, 2, 3]}
@@ -324,23 +370,23 @@ def test_the_next_attempt_goes_on_with_the_run(store: Store) -> None:
 def test_a_trial_that_is_gone_on_with_is_one_run(store: Store) -> None:
     plan = trial_plan("t000")
     sweep = begun(store)
-    sweep.begin(plan, "", {})
+    sweep.begin(trial_run(plan))
     write_history(plan, "dense", [record(1)])
     store.wait_for("run 0", [1])
-    sweep.begin(plan, "", {})
+    sweep.begin(trial_run(plan))
     write_history(plan, "dense", [record(2)])
     sweep.end(plan, "FINISHED", {})
     assert sweep.close() == []
     assert (set(store.runs), store.points["run 0"], store.runs["run 0"]["status"]) == ({"run 0"}, [1, 2], "FINISHED")
 
 
-@pytest.mark.parametrize("call", ["open_sweep", "open_run", "sink", "send", "answer", "log_tags", "close_run"])
+@pytest.mark.parametrize("call", ["open_sweep", "open_run", "sink", "send", "answer", "log_tags", "end", "close_run"])
 def test_an_outage_loses_and_doubles_nothing(store: Store, call: str) -> None:
     plan = trial_plan("t000")
     steps = write_whole(plan)
     store.down = {call}
     sweep = begun(store)
-    sweep.begin(plan, "first", {"temper.trial": "t000"})
+    sweep.begin(trial_run(plan, "first"))
     sweep.end(plan, "FINISHED", {"temper.trial.status": "finished"})
     assert sweep.close(timeout_s=0.0) == [str(plan.run_folder)]
     assert (read_json(plan.run_folder / RUN) or {}).get("delivered") is not True
@@ -362,20 +408,47 @@ def test_one_run_that_is_refused_keeps_no_other_waiting(store: Store, monkeypatc
             raise RunError("no such experiment")
         return store.open_run(uri, plan, **more)
 
-    monkeypatch.setattr(tracking, "open_run", open_run)
+    monkeypatch.setattr(tracked_run, "open_run", open_run)
     sweep = begun(store)
     for plan in plans:
-        sweep.begin(plan, "", {})
+        sweep.begin(trial_run(plan))
         sweep.end(plan, "FINISHED", {})
     store.wait_for("run 0", [1, 100, 101, 140, 141, 170])
     assert sweep.close(timeout_s=0.0)[0] == str(plans[0].run_folder)
-    monkeypatch.setattr(tracking, "open_run", store.open_run)
+    monkeypatch.setattr(tracked_run, "open_run", store.open_run)
     assert sweep.close() == []
+
+
+def test_a_store_that_came_back_empty_is_given_the_whole_tree_again(store: Store) -> None:
+    """Also the trial that had ended."""
+    plans = [trial_plan(f"t00{seed}", seed) for seed in range(2)]
+    sweep = begun(store)
+    ended = write_whole(plans[0])
+    for plan in plans:
+        sweep.begin(trial_run(plan))
+    sweep.end(plans[0], "FINISHED", {"temper.trial.status": "finished"})
+    first = plans[1].phases[0]
+    write_history(plans[1], first.name, [record(1)])
+    store.wait_for("run 1", [1])
+    store.wait_for("run 0", ended)
+    while not (read_json(plans[0].run_folder / RUN) or {}).get("delivered"):
+        threading.Event().wait(0.001)
+
+    store.come_back_empty()
+    steps = write_whole(plans[1])
+    sweep.end(plans[1], "KILLED", {"temper.trial.status": "stopped"})
+    assert sweep.close() == []
+    assert store.opened.count("sweep") == 2
+    found = [run_record(plan)["run_id"] for plan in plans]
+    assert store.runs.keys() == {*found}
+    assert not {*found} & store.gone
+    assert [store.points[run_id] for run_id in found] == [ended, steps]
+    assert [store.runs[run_id]["status"] for run_id in found] == ["FINISHED", "KILLED"]
 
 
 def test_a_real_store_has_the_tree(tmp_path: Path) -> None:
     """MLflow on SQLite."""
-    from temper.tracking.mlflow_store import build_client, close_run, open_sweep
+    from temper.tracking.mlflow_store import build_client, close_run, open_parent
 
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     plan = trial_plan("t000")
@@ -384,23 +457,30 @@ def test_a_real_store_has_the_tree(tmp_path: Path) -> None:
     plan.run_folder.mkdir(parents=True)
     write_json(plan.run_folder / RUN, {"uri": "elsewhere", "run_id": "none"})
 
-    def open_parent() -> str:
-        texts = {"space.yaml": "name: a\n"}
-        return open_sweep(uri, plan.job, run_id=None, name="a", tags={"temper.kind": "sweep"}, texts=texts)
+    def open_sweep() -> str:
+        described = {
+            "tags": {"temper.kind": "sweep"},
+            "params": {"search": "grid"},
+            "texts": {"space.yaml": "name: a\n"},
+        }
+        return open_parent(uri, plan.job, run_id=None, name="a", **described)
 
-    sweep = SweepTracking(uri, open_parent, "temper sweep space.yaml")
-    sweep.begin(plan, "t000 lr=0.1", {"temper.kind": "trial", "temper.param.optimizer.lr": "0.1"})
+    sweep = SweepTracking(open_sweep, lambda: None, no_system)
+    tags, params = {"temper.kind": "trial"}, {"sweep.optimizer.lr": "0.1"}
+    sweep.begin(TrackedRun(uri, plan, "temper train job.yaml", "t000 lr=0.1", tags, params))
     sweep.end(plan, "FINISHED", {"temper.trial.status": "finished"})
     assert sweep.close() == []
     assert close_run(uri, sweep.parent_id, "FINISHED")
     client = build_client(uri)
     runs = {run.info.run_id: run for run in client.search_runs(["1"])}
-    assert len(runs) == 2
+    assert len(runs) == 2 + len(plan.phases)
+    assert runs[sweep.parent_id].data.params == {"search": "grid"}
     child = runs[run_record(plan)["run_id"]]
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {runs[id].info.status for id in (sweep.parent_id, child.info.run_id)} == {"FINISHED"}
     assert child.info.run_name == "t000 lr=0.1"
     assert child.data.tags["mlflow.parentRunId"] == sweep.parent_id
-    assert child.data.tags["temper.command"] == "temper sweep space.yaml"
+    assert child.data.tags["temper.command"] == "temper train job.yaml"
+    assert child.data.params["sweep.optimizer.lr"] == "0.1"
     assert child.data.tags["temper.trial.status"] == "finished"
     assert child.data.params["optimizer.lr"] == "0.1"
     points = client.get_metric_history(child.info.run_id, "train/loss")

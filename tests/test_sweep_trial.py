@@ -229,10 +229,11 @@ def test_a_trial_is_as_far_as_its_last_result_that_was_asked_for() -> None:
 
 def test_parameters_left_are_those_that_are_not_pruned() -> None:
     plan = planned()
-    assert parameters_left(plan, {}) == 2410
+    shapes = {weight.name: weight.shape for weight in plan.model.prunable}
+    assert parameters_left(2410, shapes, {}) == 2410
     # 2048 and 320 weights; of a share that was counted, whole weights come out again.
-    assert parameters_left(plan, {"sparsity/1.weight": 0.5, "sparsity/3.weight": 0.25}) == 2410 - 1024 - 80
-    assert parameters_left(plan, {"sparsity/3.weight": 107 / 320, "sparsity/all": 0.9}) == 2410 - 107
+    assert parameters_left(2410, shapes, {"sparsity/1.weight": 0.5, "sparsity/3.weight": 0.25}) == 2410 - 1024 - 80
+    assert parameters_left(2410, shapes, {"sparsity/3.weight": 107 / 320, "sparsity/all": 0.9}) == 2410 - 107
     trial = Trial("t000", {}, plan, CLOCK, "never")
     (end,) = results_of(trial, "sparse-1", [evaluated(140, sparsity__1__weight=0.5)])
     assert end["parameters_left"] == 2410

@@ -30,6 +30,7 @@ from temper.config.schema import JobConfig, TeacherConfig
 from temper.errors import JobError, Problem, RunError
 from temper.files import write_json
 from temper.launch import teacher_runs, train
+from temper.launch.registering import register_run
 from temper.launch.teacher_runs import claim_teacher, keep_teacher, teacher_results, teacher_tags
 from temper.launch.teachers import Search, find_teacher, plan_job
 from temper.locks import HeldError, claimed
@@ -38,7 +39,7 @@ from temper.plan import probe
 from temper.plan.build import Plan
 from temper.plan.distill import CONNECTORS, Teacher
 from temper.plan.mesh import ClusterShape
-from temper.run_folder import CHECKPOINT_MANIFEST, JOB, LOCK, PHASE_MANIFEST, PLAN, RUN
+from temper.run_folder import CHECKPOINT_MANIFEST, HISTORY, JOB, LOCK, PHASE_MANIFEST, PLAN, RUN
 from temper.tracking import registry
 from temper.tracking.history import read_history
 
@@ -117,6 +118,7 @@ def make_run(place: Path, sections: dict[str, Any] = TEACHER, run_id: str = RUN_
         checkpoint.write_shards(folder, 0, shards)
         records = [{"step": phase.last_step, "time_ms": 1, "metrics": {"test/accuracy": 0.5}}]
         checkpoint.write_manifest(folder, 1, {"step": phase.last_step, "engine": {}}, shapes, records)
+        (plan.phase_folder(phase) / HISTORY).write_text(json.dumps(records[0]) + "\n")
         manifest = {
             "fingerprint": phase.fingerprint,
             "name": phase.name,
@@ -610,15 +612,15 @@ def test_connectors_stay_out_of_the_model(tmp_path: Path) -> None:
 
 def tracked_run(place: Path, sections: dict[str, Any] = TEACHER) -> tuple[Plan, str]:
     """A run that a SQLite store in the storage knows."""
-    from temper.tracking.mlflow_store import log_tags, open_run
+    from temper.launch.tracked_run import TrackedRun
 
     (place / "runs").mkdir(exist_ok=True)
     uri = f"sqlite:///{place}/runs/mlflow.db"
     plan = make_run(place, sections)
-    run_id = open_run(uri, plan, job_yaml=job_to_yaml(plan.job), command="")
-    log_tags(uri, run_id, train.phase_tags(plan, run_id))
-    write_json(plan.run_folder / RUN, {"run_id": run_id, "uri": uri, "open": False, "delivered": True})
-    return plan, run_id
+    run = TrackedRun(uri, plan, "")
+    run.open()
+    write_json(run.record, {"run_id": run.run_id, "uri": uri, "open": False, "delivered": True})
+    return plan, run.run_id
 
 
 def test_a_registered_model_goes_there_and_comes_back(
@@ -638,8 +640,7 @@ def test_a_registered_model_goes_there_and_comes_back(
     client = MlflowClient(f"sqlite:///{place}/runs/mlflow.db")
     version = client.get_model_version_by_alias("wise net", "best")
     assert (version.version, version.run_id) in (("1", run_id), (1, run_id))
-    logged = client.list_artifacts(run_id, "export/dense/step-00000030/1")
-    assert {Path(item.path).name for item in logged} == {"model.safetensors", "job.yaml", "README.md"}
+    assert {"model.safetensors", "job.yaml", "README.md"} <= {file.name for file in Path(version.source).iterdir()}
 
     teacher = found(place, "models:/wise net@best")
     (folder,) = (place / "runs" / "teachers" / "models").iterdir()
@@ -680,23 +681,29 @@ def test_a_name_that_is_none_is_refused_before_anything_is_written(
     assert not (place / "out").exists()
 
 
-def test_a_version_keeps_its_files(place: Path) -> None:
-    from mlflow import MlflowClient
-
+def test_a_run_is_registered_once_and_its_version_keeps_its_files(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, run_id = tracked_run(place)
-    client = MlflowClient(f"sqlite:///{place}/runs/mlflow.db")
-    export(place, run_id, "--register", "wise")
-    folder = "export/dense/step-00000030"
-    card = Path(client.download_artifacts(run_id, f"{folder}/1/README.md")).read_bytes()
+    registered = register_run(plan.run_folder, "wise")
+    assert (registered.uri, registered.is_champion) == ("models:/wise/1", True)
+    first = found(place, "models:/wise@champion")
+
     (plan.run_folder / JOB).write_text(job_to_yaml(plan.job.model_copy(update={"name": "wiser"})))
-    export(place, run_id, "--register", "wise")
-    assert Path(client.download_artifacts(run_id, f"{folder}/1/README.md")).read_bytes() == card
-    assert Path(client.download_artifacts(run_id, f"{folder}/2/README.md")).read_bytes() != card
-    assert client.get_model_version("wise", "1").source != client.get_model_version("wise", "2").source
+    assert register_run(plan.run_folder, "wise") == replace(registered, note="it is the champion already")
+    export(place, run_id, "--register", "wise", "--json")
+    out, err = capsys.readouterr()
+    said = json.loads(out.splitlines()[-1])
+    assert {key: said[key] for key in ("registered", "alias", "note")} == {
+        "registered": "models:/wise/1",
+        "alias": "champion",
+        "note": "it is the champion already",
+    }
+    assert "registered as models:/wise/1, and as models:/wise@champion" in err
+
     newest = registry.download_run_export(f"sqlite:///{place}/runs/mlflow.db", run_id, "dense", place)
-    assert newest is not None and (newest / "README.md").read_text().startswith("# wiser\n")
-    first, second = found(place, "models:/wise/1"), found(place, "models:/wise/2")
-    assert (first.place != second.place, first.fingerprint) == (True, second.fingerprint)
+    assert newest is not None and (newest / "README.md").read_text().startswith("# wise\n")
+    assert found(place, "models:/wise/1") == replace(first, source="models:/wise/1")
 
 
 def test_a_download_that_breaks_off_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,7 +841,7 @@ def test_a_teachers_run_that_broke_off_at_its_end_is_delivered_by_its_student(
     """Its phases are complete, so that no command would run it again."""
     delivered: list[str] = []
     monkeypatch.setattr(train, "_run", lambda spec, *_: complete(spec.plan, spec.phases))
-    monkeypatch.setattr(train, "_deliver_late", lambda spec, command: delivered.append(spec.plan.job.name))
+    monkeypatch.setattr(train, "_deliver_late", lambda spec, *_: delivered.append(spec.plan.job.name))
     job = student(place, "wise.yaml")
     train.launch_train(job, place / "jobs", train.TrainOptions())
     assert delivered == []  # of a teacher that this storage has never begun nothing is known
@@ -853,7 +860,7 @@ def test_teachers_are_trained_first_and_their_own_before_them(
     write(place / "jobs" / "middle.yaml", {**TEACHER, "name": "middle", "distill": {"teacher": "wise.yaml"}})
     ran: list[str] = []
 
-    def run(spec: Any, command: str, session: Any, display: Any) -> None:
+    def run(spec: Any, command: str, kind: str, session: Any, display: Any) -> None:
         ran.append(spec.plan.job.name)
         display.note("at work")
         complete(spec.plan, spec.phases)
@@ -883,7 +890,7 @@ def test_a_teacher_that_is_removed_before_it_is_kept_is_trained_again(
 ) -> None:
     ran: list[str] = []
 
-    def run(spec: Any, command: str, session: Any, display: Any) -> None:
+    def run(spec: Any, command: str, kind: str, session: Any, display: Any) -> None:
         ran.append(spec.plan.job.name)
         complete(spec.plan, spec.phases)
 
@@ -974,7 +981,7 @@ def test_a_teacher_is_trained_by_its_first_student_and_reused_by_the_second(tmp_
     assert second["teachers"] == [{**teacher, "reused": True}]
     after = client.get_run(teacher["run_id"])
     assert (after.info.end_time, after.data.metrics) == (run.info.end_time, run.data.metrics)
-    assert len(client.search_runs(["1", "2"])) == 3
+    assert len(client.search_runs(["1", "2"], "tags.`temper.kind` != 'phase'")) == 3
 
 
 @pytest.mark.ray
@@ -1002,7 +1009,7 @@ def test_a_command_that_ends_while_the_teacher_trains_goes_on_there(tmp_path: Pa
     points = client.get_metric_history(teacher["run_id"], "train/loss")
     assert [point.step for point in points] == list(range(1, 61))
     assert client.get_run(teacher["run_id"]).info.status == "FINISHED"
-    assert len(client.search_runs(["1", "2"])) == 2
+    assert len(client.search_runs(["1", "2"], "tags.`temper.kind` != 'phase'")) == 2
 
 
 def teacher_records(folder: Path) -> list[Any]:

@@ -21,10 +21,19 @@ from hypothesis import strategies as st
 
 from temper.config.schema import JobConfig
 from temper.errors import RunError
+from temper.files import write_json
 from temper.tracking import delivery, history, mlflow_store, ui
-from temper.tracking.delivery import Delivery, RunTracker, replay, take_batch
+from temper.tracking.delivery import Delivery, OpenSink, Queue, RunTracker, is_lost, replay, take_batch
 from temper.tracking.history import Histories, History, HistoryTail, PhaseHistory, Record, last_step, read_history
-from temper.tracking.mlflow_store import PROGRESS_METRIC, RefusedError, build_client, open_run, tracking_uri
+from temper.tracking.mlflow_store import (
+    PROGRESS_METRIC,
+    RefusedError,
+    RunGoneError,
+    RunMetrics,
+    build_client,
+    open_run,
+    tracking_uri,
+)
 from temper.tracking.redact import is_secret, redact_text, redact_values
 
 
@@ -195,15 +204,6 @@ def test_tail_skips_damage_and_what_is_known(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ delivery
 
 
-class FakeSystem:
-    def __init__(self) -> None:
-        self.alive = True
-        self.stopped = False
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
 class FakeServer:
     """A tracking server that keeps every point, and whose connection fails as told.
 
@@ -214,7 +214,6 @@ class FakeServer:
         self.outcomes = list(outcomes)
         self.stored: list[Record] = []
         self.refused_steps: set[int] = set()
-        self.system: list[FakeSystem] = []
         self.requests = 0
         self.reachable = threading.Event()
         self.reachable.set()
@@ -243,10 +242,6 @@ class FakeServer:
         if outcome == "lost answer":
             raise TimeoutError("no answer")
 
-    def watch_system(self) -> FakeSystem:
-        self.system.append(FakeSystem())
-        return self.system[-1]
-
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +250,30 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_CLOSING_PAUSE_S", 0.002)
 
 
-def track(server: FakeServer, path: Path, **options: Any) -> RunTracker:
-    return RunTracker("http://server", "run", Histories(dense(path)), open_sink=server.open, **options)
+class Tracked:
+    """Histories, and a tracker that delivers them; `run` is what the driver has written down."""
+
+    def __init__(self, phases: Sequence[PhaseHistory], open_sink: OpenSink, uri: str = "", run_id: str = "run") -> None:
+        self.record = phases[0].path.parent / "run.json"
+        self.record.parent.mkdir(exist_ok=True)
+        write_json(self.record, {"uri": uri, "run_id": run_id, "open": True})
+        self.histories = Histories(phases)
+        self.tracker = RunTracker(self.record, [Queue(self.histories.phases, open_sink, self.histories.unwritten)])
+
+    def add(self, phase: str, records: list[Record]) -> list[Record]:
+        new = self.histories.append(phase, records)
+        self.tracker.wake()
+        return new
+
+    def start(self) -> None:
+        self.tracker.start()
+
+    def close(self, timeout_s: float) -> bool:
+        return self.tracker.close(timeout_s)
+
+
+def track(server: FakeServer, path: Path) -> Tracked:
+    return Tracked(dense(path), server.open)
 
 
 @pytest.mark.parametrize(
@@ -361,21 +378,78 @@ def test_a_refused_record_does_not_hold_up_the_others(tmp_path: Path, caplog: py
     server.refused_steps = {3}
     tracker = track(server, tmp_path / "h")
     tracker.add("dense", records(1, 5))
+    tracker.start()
     assert tracker.close(30.0)
     assert steps(server.stored) == [1, 2, 4, 5]
     assert "refused step 3 for good" in caplog.text
 
 
-def test_system_metrics_run_only_if_asked_for_and_end_with_the_tracker(tmp_path: Path) -> None:
-    for wanted in (False, True):
-        server = FakeServer()
-        tracker = track(server, tmp_path / f"h{wanted}", system_metrics=wanted)
-        tracker.start()
-        tracker.add("dense", records(1, 1))
-        while not server.stored or (wanted and not server.system):
-            threading.Event().wait(0.001)
-        assert tracker.close(30.0)
-        assert [system.stopped for system in server.system] == ([True] if wanted else [])
+def test_records_wait_in_the_history_until_the_run_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, looks, look = FakeServer(), [], delivery.opened_run
+    monkeypatch.setattr(delivery, "opened_run", lambda record: looks.append(record) or look(record))
+    tracker = track(server, tmp_path / "h")
+    write_json(tracker.record, {"uri": "", "run_id": "run", "open": False})
+    tracker.start()
+    tracker.add("dense", records(1, 3))
+    while len(looks) < 3:
+        threading.Event().wait(0.001)
+    assert server.requests == 0
+    write_json(tracker.record, {"uri": "", "run_id": "run", "open": True})
+    while len(server.stored) < 3:
+        threading.Event().wait(0.001)
+    assert tracker.close(30.0)
+    assert server.stored == records(1, 3)
+
+
+def test_a_run_that_was_never_opened_is_not_waited_for(tmp_path: Path) -> None:
+    tracker = track(FakeServer(), tmp_path / "h")
+    tracker.record.unlink()
+    tracker.start()
+    tracker.add("dense", records(1, 3))
+    assert not tracker.close(30.0)
+    assert steps(read_history(tmp_path / "h")) == [1, 2, 3]
+
+
+class Runs(dict[str, list[Record]]):
+    """The records of runs, which may go."""
+
+    def open(self, uri: str, run_id: str) -> SimpleNamespace:
+        def stored() -> list[Record]:
+            if run_id not in self:
+                raise RunGoneError(run_id)
+            return self[run_id]
+
+        return SimpleNamespace(
+            last_step=lambda: max(steps(stored()), default=0), send=lambda batch: stored().extend(batch)
+        )
+
+
+def test_a_store_that_lost_the_run_is_given_everything_in_the_next_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    runs = Runs(first=[])
+    tracker = Tracked(dense(tmp_path / "h"), runs.open, run_id="first")
+    tracker.start()
+    tracker.add("dense", records(1, 20))
+    while len(runs["first"]) < 20:
+        threading.Event().wait(0.001)
+    assert not is_lost(tracker.record)
+
+    del runs["first"]
+    tracker.add("dense", records(21, 25))
+    while not is_lost(tracker.record):
+        threading.Event().wait(0.001)
+    tracker.add("dense", records(26, 30))
+    with pytest.raises(RunGoneError):
+        replay("", "first", dense(tmp_path / "h"), open_sink=runs.open)
+
+    runs["next"] = []
+    write_json(tracker.record, {"uri": "", "run_id": "next", "open": True})
+    assert not is_lost(tracker.record)
+    assert tracker.close(30.0)
+    assert runs == {"next": records(1, 30)}
+    assert caplog.text.count("MLflow does not have run first any more") == 1
 
 
 # ------------------------------------------------------------------------------------- delivery of several phases
@@ -405,7 +479,7 @@ def deliver_to(server: FakeServer, histories: Histories) -> Delivery:
 def test_stored_histories_of_reused_phases_come_first(tmp_path: Path, reused: int) -> None:
     server, computed = FakeServer(), [0, *CHAIN.values()][reused]
     report_steps(Histories(chain(tmp_path)).append, 0, computed)
-    tracker = RunTracker("http://server", "run", Histories(chain(tmp_path)), open_sink=server.open)
+    tracker = Tracked(chain(tmp_path), server.open)
     tracker.start()
     report_steps(tracker.add, computed, 14)
     assert tracker.close(30.0)
@@ -583,8 +657,10 @@ def job(storage: Path, **overrides: Any) -> JobConfig:
 
 def plan_of(config: JobConfig) -> Any:
     batch = SimpleNamespace(global_batch=64, rank_batch=32, micro_batch=16, accumulation=2)
+    counts = {"train_examples": 1_500, "validation_examples": 0, "test_examples": 297}
+    data = SimpleNamespace(folder="", shape=(1, 8, 8), num_classes=10, fingerprint="d" * 64, **counts)
     values = {"job": config.model_dump(mode="json"), "fingerprint": "f" * 64, "steps": 100}
-    return SimpleNamespace(job=config, steps=100, batch=batch, fingerprint="f" * 64, to_dict=lambda: values)
+    return SimpleNamespace(job=config, data=data, steps=100, batch=batch, fingerprint="f" * 64, to_dict=lambda: values)
 
 
 JOB_YAML = "name: digits  # a comment\nmodel: {args: {hf_token: hunter2}}\n"
@@ -647,7 +723,7 @@ def test_no_secret_reaches_the_store(store: SimpleNamespace) -> None:
 def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-    first = RunTracker(store.uri, run_id, Histories(dense(path)))
+    first = Tracked(dense(path), RunMetrics, store.uri, run_id)
     first.start()
     first.add("dense", records(1, 30))
     assert first.close(60.0)
@@ -658,7 +734,7 @@ def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleName
     assert resumed == run_id
     run = store.client.get_run(run_id)
     assert (run.info.status, run.data.params["seed"]) == ("RUNNING", "0")
-    second = RunTracker(store.uri, run_id, Histories(dense(path)))
+    second = Tracked(dense(path), RunMetrics, store.uri, run_id)
     second.start()
     second.add("dense", records(21, 40))
     second.add("dense", [record(41, **{"eval/accuracy": 0.5, "a?b": 1.0, "../up": 2.0, "x" * 300: 3.0})])
@@ -674,10 +750,10 @@ def test_tracker_and_resume_end_in_one_run_with_each_step_once(store: SimpleName
 
 
 def test_a_record_larger_than_a_request_counts_only_when_whole(store: SimpleNamespace) -> None:
-    sink = mlflow_store.RunMetrics(store.uri, store.run_id)
+    sink = RunMetrics(store.uri, store.run_id)
     huge = record(1, **{f"sparsity/{i}": float(i) for i in range(1500)})
-    assert mlflow_store._entities(huge)[-1].key == PROGRESS_METRIC
-    store.client.log_batch(store.run_id, metrics=mlflow_store._entities(huge)[:1000])  # what a lost connection leaves
+    assert sink._entities(huge)[-1].key == PROGRESS_METRIC
+    store.client.log_batch(store.run_id, metrics=sink._entities(huge)[:1000])  # what a lost connection leaves
     assert sink.last_step() == 0
     sink.send([huge])
     assert sink.last_step() == 1
@@ -685,16 +761,17 @@ def test_a_record_larger_than_a_request_counts_only_when_whole(store: SimpleName
     assert points(store, store.run_id, "sparsity/1499") == [(1, 1_700_000_000_001, 1499.0)]
 
 
-def test_bad_metrics_are_refused_but_a_deleted_run_is_an_outage(store: SimpleNamespace) -> None:
+def test_bad_metrics_are_refused_and_a_deleted_run_is_gone(store: SimpleNamespace) -> None:
     run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-    sink = mlflow_store.RunMetrics(store.uri, run_id)
+    sink = RunMetrics(store.uri, run_id)
     bad: Record = {"step": 1, "time_ms": -1, "metrics": {"train/loss": 1.0}}
     with pytest.raises(RefusedError):
         sink.send([bad])
     store.client.delete_run(run_id)
-    with pytest.raises(Exception, match="active") as caught:
+    with pytest.raises(RunGoneError, match="was deleted"):
         sink.send(records(1, 1))
-    assert not isinstance(caught.value, RefusedError)
+    with pytest.raises(RunGoneError, match="is not in this store"):
+        RunMetrics(store.uri, "0" * 32).last_step()
 
     replaced = open_run(store.uri, store.plan, run_id=run_id, job_yaml=JOB_YAML, command=COMMAND)
     assert replaced != run_id
@@ -708,20 +785,6 @@ def test_deleted_experiment_is_restored(store: SimpleNamespace) -> None:
     store.client.delete_experiment(experiment_id)
     run_id = open_run(store.uri, plan, job_yaml=JOB_YAML, command=COMMAND)
     assert store.client.get_run(run_id).info.experiment_id == experiment_id
-
-
-def test_system_metrics_reach_the_run(store: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    run_id = open_run(store.uri, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-    watch = mlflow_store.SystemMetrics(store.uri, run_id)
-    for _ in range(400):
-        if "system/cpu_utilization_percentage" in store.client.get_run(run_id).data.metrics:
-            break
-        threading.Event().wait(0.05)
-    assert watch.alive
-    watch.stop(timeout_s=30.0)
-    assert not watch.alive
-    assert 0 <= store.client.get_run(run_id).data.metrics["system/cpu_utilization_percentage"] <= 100
 
 
 def test_unreachable_server_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -799,25 +862,3 @@ def test_ui_keeps_the_store_out_of_the_command_line() -> None:
     assert ui.server_environment("postgresql://u:p@db/x")["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:p@db/x"
     assert ui.server_environment("sqlite:////a/mlflow.db")["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == "/a/artifacts"
     assert "127.0.0.1" in ui.server_command("127.0.0.1", 5000)
-
-
-@pytest.mark.slow
-def test_server_that_goes_down_and_comes_back_has_each_step_once(store: SimpleNamespace, tmp_path: Path) -> None:
-    """A real `mlflow server`: tracked through it, killed, started again, and stopped by the signal of `temper ui`."""
-    port = ui.free_port("127.0.0.1", 0)
-    address = f"http://127.0.0.1:{port}"
-    with ui._server(store.uri, "127.0.0.1", port) as process:
-        ui._wait_until_healthy(address, process, threading.Event())
-        run_id = open_run(address, store.plan, job_yaml=JOB_YAML, command=COMMAND)
-        tracker = RunTracker(address, run_id, Histories(dense(tmp_path / "h")))
-        tracker.start()
-        tracker.add("dense", records(1, 1200))
-        while not points(store, run_id, "train/loss"):
-            threading.Event().wait(0.05)
-    tracker.add("dense", records(1201, 1300))
-    with ui._server(store.uri, "127.0.0.1", port) as process:
-        ui._wait_until_healthy(address, process, threading.Event())
-        assert tracker.close(60.0)
-        assert mlflow_store.close_run(address, run_id, "FINISHED")
-    assert process.returncode is not None
-    assert [step for step, _, _ in points(store, run_id, "train/loss")] == list(range(1, 1301))

@@ -117,7 +117,8 @@ def mlflow_runs(folder: Path) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
-    return list(client.search_runs([item.experiment_id for item in client.search_experiments()]))
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    return list(client.search_runs(experiments, "tags.`temper.kind` != 'phase'"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ The Python API is the command line without the command line:
     result = temper.train(job)                  # trains it, resumes it, or finds it done
     print(plan.steps, result.metrics["test/accuracy"])
     best = temper.sweep("tune_spaces/dsd.yaml").best    # many trials of a job, nothing computed twice
+    frame = temper.results()                    # what became of all of them: a row each, for pandas
 
 Importing temper imports nothing else; each function imports what it needs when it is called.
 """
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from temper.config.schema import JobConfig
     from temper.launch.sweep.driver import SweepResult
     from temper.launch.train import TrainResult
     from temper.plan.build import Plan
     from temper.tracking.progress import DisplayMode
 
-__all__ = ["load_job", "plan", "sweep", "train"]
+__all__ = ["load_job", "plan", "results", "sweep", "train"]
 __version__ = "0.1.0"
 
 
@@ -114,3 +117,33 @@ def sweep(
     config, others = load_space(space, overrides)
     call = f"temper.sweep({str(space)!r}, {list(overrides)!r})"
     return launch_sweep(config, Path(space), others, TrainOptions(address, fresh, display, call))
+
+
+def results(
+    experiment: str = "temper", *, storage: str | Path = "./runs", uri: str | None = None, sweep: str | None = None
+) -> DataFrame:
+    """What MLflow has of an experiment as a table for a notebook: a row for each trial of a sweep and for each run of
+    `temper train`, in the order of the sweeps' starts and of the trials' ids.
+
+    The columns are, in this order:
+
+    - what a run is: `run_id`, `kind` (`trial` or `run`), `sweep` (the sweep's run id), `trial` (its id in the sweep),
+      `name`, `status`, `started` (UTC), `seconds` from its start to its end, `steps` that it came to, of them
+      `steps_saved` by reuse, `phases_reused`, `fingerprint`, and the `command` that repeats it;
+    - a trial's value of each swept variable, under the variable's name;
+    - the last value of each metric, e.g. `test/accuracy`, but those of the machines;
+    - the job's parameters, e.g. `job.optimizer.lr`.
+
+    What a run does not have is missing (NaN or None). `uri` is MLflow's store, by default that of runs in `storage`:
+    MLFLOW_TRACKING_URI, or else the database in that folder. `sweep` is the run id of a sweep, of whichever experiment:
+    then only its trials are in the table.
+
+    Raises:
+        JobError: there is no such experiment, sweep or database; the message names those that are there.
+        RunError: the store cannot be reached.
+    """
+    from temper.storage import storage_folder
+    from temper.tracking.mlflow_store import storage_uri
+    from temper.tracking.results import read_results
+
+    return read_results(storage_uri(storage_folder(str(storage)), uri), experiment, sweep)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import temper
 from temper import __version__
 from temper.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobError, Problem, TemperError
+from temper.plan.metric_names import without_classes
 from temper.storage import open_storage, storage_folder
 
 if TYPE_CHECKING:
@@ -94,15 +95,20 @@ def _train(options: argparse.Namespace) -> None:
     _say(f"{job.name}: done in {result.seconds:.1f} s{reused}")
     for teacher in result.teachers:
         _say(_teacher_line(teacher))
-    for name, value in sorted(result.teacher_metrics.items()):
+    for name, value in sorted(without_classes(result.teacher_metrics).items()):
         _say(f"  {f'teacher/{name}':<24} {value:.4f}")
     if len(result.phases) > 1:
         for phase in result.phases:
             _say(_phase_line(phase))
-    for name, value in sorted(result.metrics.items()):
+    for name, value in sorted(without_classes(result.metrics).items()):
         if name.startswith(("eval/", "test/")):
             _say(f"  {name:<24} {value:.4f}")
     _say(f"  checkpoint               {result.checkpoint}")
+    if result.registered:
+        _say(
+            "  registered               "
+            + "; ".join(filter(None, (result.registered["uri"], result.registered["note"])))
+        )
     where = f"--uri {job.tracking.uri}" if job.tracking.uri else f"--storage {job.storage}"
     _say(f"  MLflow run               {result.run_id}; look at it with: {_program()} ui {where}")
     _print_json(options, result.to_dict())
@@ -119,7 +125,8 @@ def _teacher_line(teacher: TeacherResult) -> str:
 
 
 def _tests(metrics: Mapping[str, float]) -> list[str]:
-    return [f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if name.startswith("test/")]
+    shown = sorted(without_classes(metrics).items())
+    return [f"{name} {value:.4f}" for name, value in shown if name.startswith("test/")]
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -171,7 +178,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     product = find_product(options.reference, open_storage(options.storage), options.phase)
     metrics = evaluate_product(product)
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(without_classes(metrics).items()):
         _say(f"{name:<24} {value:.4f}")
     _print_json(options, {"checkpoint": str(product.checkpoint), "metrics": metrics})
 
@@ -193,11 +200,15 @@ def _export(options: argparse.Namespace) -> None:
     pruned = f", {result['pruned']:,} of them pruned" if result["pruned"] else ""
     _say(f"{result['parameters']:,} parameters in {result['folder']}/model.safetensors{pruned}")
     if options.register:
+        from temper.launch.champion import CHAMPION
         from temper.launch.registering import register_product
 
-        result["registered"] = register_product(product, Path(options.to), options.register, options.alias)
-        alias = f", and as models:/{options.register}@{options.alias}" if options.alias else ""
-        _say(f"registered as {result['registered']}{alias}")
+        registered = register_product(product, Path(options.to), options.register, options.alias or CHAMPION)
+        result |= {"registered": registered.uri, "alias": registered.alias, "note": registered.note}
+        also = f", and as models:/{options.register}@{registered.alias}" if registered.alias else ""
+        _say(f"registered as {registered.uri}{also}")
+        if registered.note:
+            _say(f"  {registered.note}")
     _print_json(options, result)
 
 
@@ -243,13 +254,21 @@ def _phases_prune(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from temper.products import find_folder
-    from temper.tracking.report import write_report
+    from temper.tracking.mlflow_store import storage_uri
+    from temper.tracking.report import run_report, save, sweep_report, upload
+    from temper.tracking.report.run_data import read_run
+    from temper.tracking.report.subject import find_subject
 
-    folder = find_folder(options.reference, open_storage(options.storage), "RUN")
-    path = write_report(folder, Path(options.to) if options.to else None)
-    _say(f"report in {path}")
-    _print_json(options, {"file": str(path)})
+    storage = open_storage(options.storage)
+    subject = find_subject(options.reference, storage, storage_uri(storage, options.uri))
+    if subject.folder is None:
+        report = sweep_report(subject.uri, subject.run_id, storage)
+    else:
+        report = run_report(read_run(subject.folder))
+    path = save(report, Path(options.to) if options.to else subject.page)
+    is_logged = bool(subject.run_id) and upload(report, subject.uri, subject.run_id)
+    _say(f"report in {path}" + (f", and in MLflow run {subject.run_id}" if is_logged else ""))
+    _print_json(options, {"file": str(path), "run_id": subject.run_id, "logged": is_logged})
 
 
 def _ui(options: argparse.Namespace) -> int:
@@ -323,10 +342,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--phase", help="a phase of the run; default: the last")
     export.add_argument("--to", required=True, metavar="DIR", help="folder for model.safetensors, job.yaml, README.md")
     export.add_argument("--register", metavar="NAME", help="also make it a version of this model in MLflow's registry")
-    export.add_argument("--alias", help="with --register: give the version this alias, e.g. best")
-    report = _add_command(commands, "report", _report, "write a page on a run, with its figures")
-    report.add_argument("reference", metavar="RUN", help="MLflow run id, or a run's folder")
-    report.add_argument("--to", metavar="FILE", help="HTML file; default: report.html in the run's folder")
+    export.add_argument(
+        "--alias", help="with --register: give the version this alias; default: champion, if it is better than that"
+    )
+    report = _add_command(commands, "report", _report, "write a page on a run or a sweep, with its figures")
+    report.add_argument("reference", metavar="RUN|SWEEP", help="MLflow run id, or a folder")
+    report.add_argument("--to", metavar="FILE", help="HTML file; default: report.html in the run's or sweep's folder")
+    report.add_argument("--uri", help="as of ui: of a sweep whose folder is not in the storage")
     phases = commands.add_parser("phases", help=PHASES, description=PHASES)
     _add_phases_commands(phases.add_subparsers(dest="action", required=True, metavar="ACTION"))
     ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")

@@ -1,9 +1,10 @@
-"""From a run or checkpoint back to a model: evaluate it, or write it out for plain PyTorch."""
+"""From a run or checkpoint back to a model: to evaluate it, to write it out for plain PyTorch, or to serve it."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from temper.checkpoint import MASK, CheckpointReader, check_checkpoint, list_checkpoints
 from temper.config.load import job_to_yaml
 from temper.config.schema import JobConfig
-from temper.data.batches import eval_batches
+from temper.data.augment import build_transforms
+from temper.data.batches import eval_batches, normalized, stacked, transformed
 from temper.data.sources import load_split
-from temper.errors import CheckpointError
+from temper.errors import CheckpointError, RunError
 from temper.evaluation import evaluate
 from temper.files import read_json
 from temper.losses import build_loss
 from temper.metrics import build_metrics
 from temper.models.build import build_model
 from temper.models.weights import CheckpointWeights, load_weights
+from temper.outputs import logits_of
 from temper.plan.facts import DataFacts, data_facts
+from temper.plan.metric_names import without_classes
 from temper.products import MODEL, Place, find_place
 from temper.run_folder import CHECKPOINTS, JOB, PHASE_MANIFEST
 from temper.targets import apply_target_folders
@@ -35,15 +39,21 @@ MASKS = "masks.safetensors"
 
 @dataclass(frozen=True)
 class Product:
-    """A checkpoint together with the job that it came from. `run` is the `run.json` of its run, empty without one."""
+    """A checkpoint together with the job that it came from. `plan` is that of its run (as JSON has it), `run` the
+    `run.json` of it, empty without one."""
 
     job: JobConfig
     phase: str
     fingerprint: str
     checkpoint: Path
     metrics: dict[str, float]
-    import_folders: tuple[str, ...]
+    plan: Mapping[str, Any]
     run: dict[str, Any]
+
+    @property
+    def import_folders(self) -> tuple[str, ...]:
+        """Where the `kind: python` targets of the job were."""
+        return tuple(self.plan.get("import_folders", ()))
 
 
 def find_product(reference: str, storage: Path, phase: str | None = None) -> Product:
@@ -63,7 +73,7 @@ def find_product(reference: str, storage: Path, phase: str | None = None) -> Pro
         raise CheckpointError(problem)
     records = CheckpointReader(checkpoint).records()
     metrics = records[-1]["metrics"] if records else {}
-    return Product(place.job, place.phase, place.fingerprint, checkpoint, metrics, place.import_folders, place.run)
+    return Product(place.job, place.phase, place.fingerprint, checkpoint, metrics, place.plan, place.run)
 
 
 def _checkpoint(place: Place) -> Path:
@@ -104,6 +114,49 @@ def evaluate_product(product: Product) -> dict[str, float]:
     return {f"test/{name}": value for name, value in values.items()}
 
 
+class Inference(nn.Module):
+    """A network with what temper does before and after it: inputs as the data set has them → logits (examples, …)."""
+
+    def __init__(self, network: nn.Module, facts: DataFacts) -> None:
+        super().__init__()
+        self.network = network
+        self._facts = facts
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return logits_of(self.network(normalized(inputs, self._facts)))
+
+
+@dataclass(frozen=True)
+class Servable:
+    """`module` as users call it, in evaluation mode on the CPU. `inputs` are a few examples of the test split: images
+    uint8 in 0…255 or float32 in 0…1, token ids int64, other values as they are. Its dimensions `free` may be of any
+    size."""
+
+    module: nn.Module
+    inputs: Tensor
+    free: tuple[int, ...]
+
+
+_EXAMPLES = 2  # one alone would make a graph for batches of one
+
+
+def build_servable(product: Product) -> Servable:
+    """The product as a network for those who have no temper: scaling and normalisation of the inputs are part of it.
+
+    Raises RunError where the test split, whose examples come with it, cannot be read.
+    """
+    model, facts = load_model(product)
+    data = product.job.data
+    try:
+        split = load_split(data, "test", product.job.storage_folder, facts)
+        inputs, _ = split.examples(torch.arange(_EXAMPLES) % len(split))
+        ready = stacked(transformed(build_transforms(data.eval_transforms), inputs), facts)
+    except Exception as error:  # a data set of the user's may fail in any way
+        raise RunError(f"the test split cannot be read: {type(error).__name__}: {error}") from error
+    # A text may be shorter than the context of the built-in language model.
+    return Servable(Inference(model, facts).eval(), ready, (0, 1) if product.job.model.kind == "gpt" else (0,))
+
+
 def export_product(product: Product, to: Path) -> dict[str, Any]:
     """Writes `model.safetensors`, `job.yaml` and the model card `README.md` into `to`, each whole or not at all.
 
@@ -136,7 +189,8 @@ def _save(tensors: dict[str, Tensor], path: Path, product: Product) -> None:
 
 def _model_card(product: Product, facts: DataFacts, model: nn.Module, masks: dict[str, Tensor]) -> str:
     job = product.job
-    metrics = {name: value for name, value in product.metrics.items() if name.startswith(("eval/", "test/"))}
+    last = without_classes(product.metrics)
+    metrics = {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))}
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
     section = json.dumps(job.model.model_dump(mode="json", exclude_none=True))
     return f"""# {job.name}

@@ -20,6 +20,7 @@ from torch import Tensor
 from temper.data.batches import Batch, DataState
 from temper.engine.base import Engine, StepResult, Technique
 from temper.errors import RunError
+from temper.plan.peaks import Speed
 from temper.precision.watch import Observation, Watch, WatchedStep, unwatched
 
 Record = dict[str, Any]
@@ -150,7 +151,8 @@ class Reporter:
 
     Losses stay on the device until then and are averaged over the ranks in one collective. All ranks must report
     together; when the next report is due is decided by rank 0 and travels in that same collective, as does a request
-    to stop. It depends on the clock, but no record's content does, nor any weight. `constants` are in every record.
+    to stop. It depends on the clock, but no record's content does, nor any weight. `speed` tells the metrics of time,
+    `constants` are in every record.
     """
 
     def __init__(
@@ -161,14 +163,14 @@ class Reporter:
         first_step: int,
         rank: int,
         world_size: int,
-        global_batch: int,
+        speed: Speed,
         record_every: int,
         device: torch.device,
         constants: Mapping[str, float] | None = None,
     ) -> None:
         self._report, self._stop_requested = report, stop_requested
         self._rank, self._world_size, self._device = rank, world_size, device
-        self._global_batch, self._record_every = global_batch, record_every
+        self._speed, self._record_every = speed, record_every
         self._constants = dict(constants or {})
         self._pending: list[_Entry] = []
         self._extra: dict[int, dict[str, float]] = {}
@@ -259,8 +261,7 @@ class Reporter:
         metrics = dict(zip(entry.names, losses.tolist(), strict=True)) | entry.values
         if entry.grad_norm is not None:
             metrics["train/grad_norm"] = float(entry.grad_norm)
-        metrics["time/step_s"] = step_s
-        metrics["time/examples_per_s"] = self._global_batch / max(step_s, 1e-9)
+        metrics |= self._speed.metrics(step_s)
         metrics |= self._extra.get(entry.step, {})
         record: Record = {"step": entry.step, "time_ms": int(time.time() * 1000), "metrics": metrics}
         return record | {"events": self._events[entry.step]} if entry.step in self._events else record

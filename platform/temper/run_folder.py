@@ -11,10 +11,20 @@ from temper.plan.phases import PhasePlan
 JOB = "job.yaml"
 PLAN = "plan.json"
 RUN = "run.json"  # which MLflow run this is, and where
+LOST = "lost.json"  # the MLflow run that the store does not have any more; who reads it opens another one
+SYSTEM = "system.jsonl"  # the use of the nodes while the run was computed
 STAGES = "stages.jsonl"  # what the run is doing before its first step, for people
 FAILURES = "failures.jsonl"
+REPORT = "report.html"  # what `temper report` writes, also of a sweep
+GIT = "git.json"  # the state of the repository in which the command was typed
+ENVIRONMENT = "environment.txt"  # versions of Python and the packages
+REGISTERED = "registered.json"  # which version of a registered model the run has become
 LOCK = "lock"  # held by the command that writes in the run's folder and delivers to the run in MLflow
 STOP = "stop"  # its presence asks the workers to save and stop
+
+SWEEPS = "sweeps"  # in the storage: a folder for each sweep
+SWEEP_RUN = "sweep.json"  # of a sweep: its own run in MLflow, where that is, and whether it is open
+RESULT = "result.json"  # of a sweep: what came of it, once it has come to its end
 
 PHASES = "phases"  # in the storage: a folder for each phase, by its fingerprint
 HISTORY = "history.jsonl"  # of a phase: one record a step

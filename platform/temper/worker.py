@@ -32,7 +32,7 @@ from temper.engine.build import build_engine
 from temper.engine.deepspeed_setup import device_of, passing_engines, prepare
 from temper.engine.sharded import shard_module
 from temper.errors import RunError
-from temper.evaluation import evaluate, evaluate_splits, teacher_metrics
+from temper.evaluation import Answers, TeacherView, evaluate, evaluate_splits
 from temper.files import read_lines
 from temper.locks import awaited
 from temper.loop import Calendar, Interrupted, Record, Reporter, TrainState, build_recovery, train
@@ -42,6 +42,7 @@ from temper.models.build import build_model
 from temper.parallel.groups import Group, MeshGroups, build_groups
 from temper.plan.build import Plan
 from temper.plan.mesh import MeshPlan
+from temper.plan.peaks import Speed, plan_speed
 from temper.plan.phases import PhasePlan, learning_rate
 from temper.precision.watch import TwinWatch, Watch, unwatched, watch_skips
 from temper.products import complete_phase, read_phase
@@ -278,6 +279,13 @@ class _Worker:
         """Built at the first evaluation: torchmetrics takes seconds to import, and the first step need not wait."""
         return build_metrics(self.plan.job.evaluation, self.plan.data, self.engine.device, self.groups.data)
 
+    @cached_property
+    def _speed(self) -> Speed:
+        """Collective on GPUs."""
+        on_gpu = self.plan.mesh.device == "cuda"
+        devices = self._share(torch.cuda.get_device_name(self.engine.device)) if on_gpu else []
+        return plan_speed(self.plan, devices)
+
     def run(self, phase: PhasePlan, report: Callable[[list[Record]], None]) -> bool:
         """Trains `phase` to its end, from its newest sound checkpoint or else from the end of the phase before; whether
         a stop was asked for in its last step."""
@@ -291,13 +299,13 @@ class _Worker:
             first_step=state.step,
             rank=self.rank,
             world_size=self.world_size,
-            global_batch=plan.batch.global_batch,
+            speed=self._speed,
             record_every=job.tracking.record_every,
             device=self.engine.device,
             constants={"phase": float(plan.phases.index(phase))},
         )
-        if state.step == 0 and self.parts.technique is not None:
-            reporter.add_metrics(1, self._evaluate_teacher(self.parts.technique))
+        if state.step == 0 and self._teacher is not None:
+            reporter.add_metrics(1, self._teacher.metrics())
         if state.step == 0 or restored:
             self.stage("taking the first step" if state.step == 0 else f"training from step {state.step}")
         state = train(
@@ -364,7 +372,8 @@ class _Worker:
         return sparsity_metrics(zeros.tolist(), layers, self.engine.shapes())
 
     def _on(self, split: SplitName) -> dict[str, float]:
-        return self._measure(self.engine.predict, self._eval_batches(split))
+        answers = None if self._teacher is None else self._teacher.answers(split)
+        return self._measure(self.engine.predict, self._eval_batches(split), answers)
 
     def _eval_batches(self, split: SplitName) -> Iterator[tuple[Batch, int]]:
         return eval_batches(
@@ -376,21 +385,26 @@ class _Worker:
             batch=self.plan.job.evaluation.batch,
         )
 
-    def _measure(self, predict: Callable[[Tensor], Any], batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
-        return evaluate(predict, batches, self.parts.base, self._metrics, self.engine.device, self.groups.data)
+    def _measure(
+        self, predict: Callable[[Tensor], Any], batches: Iterator[tuple[Batch, int]], answers: Answers | None = None
+    ) -> dict[str, float]:
+        device, group = self.engine.device, self.groups.data
+        return evaluate(predict, batches, self.parts.base, self._metrics, device, group, answers)
 
-    def _evaluate_teacher(self, distillation: Distillation) -> dict[str, float]:
-        """The teacher's metrics on the student's test split, once for all students. Collective."""
-        assert self.plan.distill is not None, "there is a teacher"
-        batches = distillation.on_test(self._eval_batches("test"))
-        everyone = Group(self.rank, self.world_size, dist.group.WORLD)
-        device = self.engine.device
+    @cached_property
+    def _teacher(self) -> TeacherView | None:
+        """None where there is no teacher."""
+        technique, distill, device = self.parts.technique, self.plan.distill, self.engine.device
+        if technique is None or distill is None:
+            return None
 
-        def measure() -> dict[str, float]:
+        def asked(split: SplitName) -> Iterator[tuple[Batch, int]]:
             self.stage("evaluating the teacher")
-            return self._measure(lambda logits: logits.to(device), batches)
+            return technique.asked(split, self._eval_batches(split))
 
-        return teacher_metrics(self.plan.distill.evaluation, measure, everyone)
+        measure = partial(self._measure, lambda logits: logits.to(device))
+        everyone = Group(self.rank, self.world_size, dist.group.WORLD)
+        return TeacherView(distill, asked, measure, self.groups.data, everyone)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -349,6 +349,9 @@ MetricName = Literal[
 
 class EvaluationConfig(Section):
     metrics: list[MetricName] = Field(default=["accuracy"], max_length=16)
+    per_class: bool = Field(
+        True, description="with a metric of classes: the accuracy of each, where there are at most 100 classes"
+    )
     batch: Positive = Field(512, description="examples per rank in one forward pass of an evaluation")
 
 
@@ -650,6 +653,9 @@ class TrackingConfig(Section):
     uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else <storage>/mlflow.db")
     record_every: Positive = Field(1, description="steps between two points of the training curves")
     system_metrics: bool = True
+    register_as: Name | None = Field(
+        None, description="model in MLflow's registry of which each finished run becomes a version; default: none"
+    )
 
 
 class JobConfig(Section):

@@ -171,7 +171,9 @@ class WinnerConfig(Section):
     """What becomes of the best trial: its model is exported beside the sweep, and registered in MLflow."""
 
     register_as: Name | None = Field(None, description="model in MLflow's registry; default: the sweep's name")
-    alias: Name = "best"
+    alias: Name = Field(
+        "champion", description="champion: only if the trial is better, by the first objective, than the one before"
+    )
 
 
 class SpaceConfig(Section):

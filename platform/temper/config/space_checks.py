@@ -310,6 +310,7 @@ def check_objectives(space: SpaceConfig, job: JobConfig) -> list[Problem]:
 # What a job needs that measures it.
 _NEEDS = {
     **{f"eval/{name}": f"add {name} to evaluation.metrics" for name in get_args(MetricName)},
+    "eval/teacher_agreement": "add distill",
     "sparsity": "add dsd",
     "precision/skipped_steps": "use precision.dtype: fp16",
 }
@@ -319,12 +320,14 @@ def _metric_names(job: JobConfig) -> list[str]:
     """The names in the results of a trial by which trials can be compared."""
     return [
         *(f"eval/{metric}" for metric in (*job.evaluation.metrics, "loss")),
+        *(["eval/teacher_agreement"] if job.distill is not None and job.loss.kind == "cross_entropy" else []),
         "parameters_left",
         *(["sparsity"] if job.dsd is not None else []),
         "train/loss",
         "train/grad_norm",
         "time/step_s",
         "time/examples_per_s",
+        "time/tflops_per_s",
         *(["precision/skipped_steps"] if job.precision.dtype == "fp16" else []),
     ]
 

@@ -195,11 +195,12 @@ def eval_batches(
         indices = torch.zeros(size, dtype=torch.int64)
         indices[:valid] = torch.arange(first + start, first + start + valid)
         inputs, targets = split.examples(indices)
-        ready = normalized(stacked(_transformed(transform, inputs), facts), facts)
+        ready = normalized(stacked(transformed(transform, inputs), facts), facts)
         yield Batch(ready, targets, indices, torch.zeros_like(indices)), valid
 
 
-def _transformed(transform: ImageTransform | None, inputs: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+def transformed(transform: ImageTransform | None, inputs: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """Inputs after a transform, if there is one."""
     if transform is None:
         return inputs
     return transform(inputs) if isinstance(inputs, Tensor) else [transform(image) for image in inputs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from temper.data.augment import build_transforms
 from temper.data.batches import eval_batches, view_batch
-from temper.data.sources import PartSplit, labelling_of, load_splits
+from temper.data.sources import PartSplit, SplitName, labelling_of, load_splits
 from temper.engine.deepspeed_setup import device_of
 from temper.plan.build import Plan
 from temper.remote_store import publish
@@ -43,7 +43,7 @@ class Asker:
         write_piece(
             piece.file(self.cache.folder),
             torch.arange(piece.first, piece.first + piece.rows),
-            partial(self._view, piece.view) if is_train else self._test_inputs,
+            partial(self._view, piece.view) if is_train else partial(self._evaluated, piece.split),
             self.teacher.ask,
             pass_rows=self.distill.rows,
             top_k=self.cache.top_k if is_train else None,
@@ -67,8 +67,8 @@ class Asker:
         seed = self.plan.job.seed
         return view_batch(self.splits["train"], self.plan.data, self.augmentation, seed, numbers, views).inputs
 
-    def _test_inputs(self, rows: Tensor) -> Tensor:
-        """As the student is evaluated on `rows` of the test split."""
-        split = PartSplit(self.splits["test"], rows)
+    def _evaluated(self, name: str, rows: Tensor) -> Tensor:
+        """As the student is evaluated on `rows` of the split."""
+        split = PartSplit(self.splits[cast(SplitName, name)], rows)
         batches = eval_batches(self.plan.job.data, split, self.plan.data, rank=0, world_size=1, batch=len(rows))
         return next(batches)[0].inputs

@@ -1,6 +1,7 @@
 """`temper doctor`: looks for what makes runs fail or hang, and names each fault with its remedy.
 
-A check is a function that returns findings; none of them changes anything.
+A check is a function that returns findings. None of them changes anything, but that on runs in MLflow: those that a
+killed command left open are brought to their end.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any, Literal
 from packaging.version import Version
 
 from temper.errors import RunError
+from temper.launch.reconcile import reconcile, settle_lost
 from temper.plan.checks import check_tracking_uri
-from temper.storage import remote_of
+from temper.storage import remote_of, storage_name
 from temper.tracking.mlflow_store import storage_uri
 from temper.tracking.redact import redact_text
 
@@ -237,6 +239,22 @@ def _sqlite_finding(path: Path) -> Finding:
     return Finding("tracking", "ok", f"{path}: {runs} run{'s' if runs != 1 else ''}")
 
 
+def _check_runs(storage: Path) -> Iterator[Finding]:
+    """Runs that MLflow shows as RUNNING and nobody is at."""
+    uri = storage_uri(storage)
+    settled = reconcile(storage)
+    if uri.startswith(("http://", "https://")) or os.path.exists(uri.removeprefix("sqlite:///")):
+        try:
+            settled += settle_lost(storage, storage_name(storage.absolute()), uri)
+        except RunError as error:
+            yield Finding("runs", "warning", str(error), "see what the check on tracking says")
+    if not settled:
+        yield Finding("runs", "ok", "none was left open in MLflow")
+    for run in settled:
+        text = f"{run.name}, MLflow run {run.run_id}, was left open by a command that died; it is {run.status} now"
+        yield Finding("runs", "ok", text, "the same command goes on with it" if run.status == "KILLED" else "")
+
+
 def _check_working_folder(storage: Path) -> Iterator[Finding]:
     sizes: Counter[str] = Counter()
     for name in _listed_files(Path.cwd()):
@@ -298,6 +316,7 @@ CHECKS: tuple[Callable[[Path], Iterator[Finding]], ...] = (
     _check_bucket,
     _check_storage,
     _check_tracking,
+    _check_runs,
     _check_working_folder,
     _check_shared_memory,
 )

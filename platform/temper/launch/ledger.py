@@ -145,7 +145,7 @@ class StepRecords:
 
     A loss is the mean over the step's mini-batches, as in synchronous training; so is the norm of the gradient, which
     is that of a mini-batch here. `staleness` counts all pushes of the phase by their staleness, `pushes` by worker.
-    `constants` are in every record.
+    `values_at` gives what a step (0-based) decides by itself, as its learning rate; `constants` are in every record.
     """
 
     def __init__(
@@ -153,14 +153,13 @@ class StepRecords:
         parts: int,
         first_step: int,
         *,
-        global_batch: int,
         record_every: int,
-        lr_at: Callable[[int], float],
+        values_at: Callable[[int], Mapping[str, float]],
         staleness: Mapping[int, int],
         pushes: Mapping[int, int],
         constants: Mapping[str, float] | None = None,
     ) -> None:
-        self._parts, self._global_batch, self._record_every, self._lr_at = parts, global_batch, record_every, lr_at
+        self._parts, self._record_every, self._values_at = parts, record_every, values_at
         self._constants = dict(constants or {})
         self._leads: dict[Ticket, int] = {}
         self._found: dict[int, list[tuple[Computed, int, int]]] = {}  # by step: mini-batch, staleness, lead
@@ -184,27 +183,29 @@ class StepRecords:
             step += 1
         return step - self._step
 
-    def take(self, through: int, step_s: float, more: Mapping[str, float] | None = None) -> list[Record]:
-        """Records of the complete steps up to `through`; what is `more` belongs to the last of them."""
+    def take(self, through: int, times: Mapping[str, float], more: Mapping[str, float] | None = None) -> list[Record]:
+        """Records of the complete steps up to `through`, all with the same `times`; what is `more` belongs to the last
+        of them."""
         records = []
         last = self._step + self.num_complete(through)
         for step in range(self._step, last):
-            metrics = self._metrics(step, self._found.pop(step), step_s)
+            metrics = self._metrics(step, self._found.pop(step), times)
             number, extra = step + 1, dict(more or {}) if step + 1 == last else {}
             if number % self._record_every == 0 or number == 1 or extra:
                 records.append(Record(step=number, time_ms=int(time.time() * 1000), metrics=metrics | extra))
         self._step = last
         return records
 
-    def _metrics(self, step: int, found: list[tuple[Computed, int, int]], step_s: float) -> dict[str, float]:
+    def _metrics(
+        self, step: int, found: list[tuple[Computed, int, int]], times: Mapping[str, float]
+    ) -> dict[str, float]:
         mini_batches, staleness, leads = zip(*found, strict=True)
         losses = {name: fmean(item.losses[name] for item in mini_batches) for name in mini_batches[0].losses}
         return {
             **losses,
-            "train/lr": self._lr_at(step),
+            **self._values_at(step),
             "train/grad_norm": fmean(item.grad_norm for item in mini_batches),
-            "time/step_s": step_s,
-            "time/examples_per_s": self._global_batch / max(step_s, 1e-9),
+            **times,
             "server/staleness_mean": fmean(staleness),
             "server/staleness_max": float(max(staleness)),
             "server/clock_lead": float(max(leads)),

@@ -19,9 +19,12 @@ from ray.exceptions import RayError
 from temper.errors import RunError
 from temper.launch.ledger import Ledger, Pushed, StepRecords
 from temper.launch.server_actors import PhaseSpec, ShardActor, WorkerActor, stage_writer
+from temper.plan.distill import ramp_values
+from temper.plan.peaks import plan_speed
 from temper.products import complete_phase
-from temper.run_folder import CHECKPOINTS, FAILURES, RUN, STOP, WorkerSpec
+from temper.run_folder import CHECKPOINTS, FAILURES, RUN, STOP, SYSTEM, WorkerSpec
 from temper.tracking.history import Record, phase_histories
+from temper.tracking.system_metrics import TakeSamples, collected
 
 POLL_S = 0.1
 REPORT_INTERVAL_S = 2.0
@@ -47,17 +50,23 @@ class ParameterServerTrainer:
         Raises:
             RunError: a worker's code failed, or no worker is left; failures.jsonl says more.
         """
+        plan = self._spec.plan
+        is_wanted, is_only_node = plan.job.tracking.system_metrics, plan.cluster.nodes == 1
         try:
-            for phase in self._spec.phases:
-                own = PhaseSpec(self._spec, phase)
-                if phase != self._spec.phases[0]:
-                    stage_writer(self._spec.run_folder)(f"starting the processes of {phase.name}")
-                with closing(Crew(own)) as crew:
-                    Supervisor(own, crew, self._tracking).run()
-                if (self._spec.run_folder / STOP).exists():
-                    break
+            with collected(is_wanted, is_only_node=is_only_node) as take_samples:
+                self._train_phases(take_samples)
         finally:
             self._tracking.close(CLOSE_TIMEOUT_S)
+
+    def _train_phases(self, take_samples: TakeSamples) -> None:
+        for phase in self._spec.phases:
+            own = PhaseSpec(self._spec, phase)
+            if phase != self._spec.phases[0]:
+                stage_writer(self._spec.run_folder)(f"starting the processes of {phase.name}")
+            with closing(Crew(own)) as crew:
+                Supervisor(own, crew, self._tracking, take_samples).run()
+            if (self._spec.run_folder / STOP).exists():
+                break
 
     @cached_property
     def _tracking(self) -> Any:
@@ -68,7 +77,7 @@ class ParameterServerTrainer:
             run_record=str(self._spec.run_folder / RUN),
             histories=phase_histories(self._spec.plan),
             failures_path=str(self._spec.run_folder / FAILURES),
-            system_metrics=self._spec.plan.job.tracking.system_metrics,
+            system_path=str(self._spec.run_folder / SYSTEM),
         )
         return TrackingCallback(target)
 
@@ -160,10 +169,11 @@ class Gate:
 
 
 class Supervisor:
-    """One run of a phase, from its newest checkpoint on. `tracking` is a :class:`TrackingCallback`."""
+    """One run of a phase, from its newest checkpoint on. `tracking` is a :class:`TrackingCallback`; `take_samples`
+    gives the system metrics of the supervisor's node since it was called last."""
 
-    def __init__(self, spec: PhaseSpec, crew: Crew, tracking: Any) -> None:
-        self._spec, self._crew, self._tracking = spec, crew, tracking
+    def __init__(self, spec: PhaseSpec, crew: Crew, tracking: Any, take_samples: TakeSamples) -> None:
+        self._spec, self._crew, self._tracking, self._take_samples = spec, crew, tracking, take_samples
         self._job, self._phase, self._last_step = spec.plan.job, spec.phase, spec.phase.last_step
         self._stage = stage_writer(spec.plan.run_folder)
         self._found, *_ = [self._of_shard(answer) for answer in crew.ready]
@@ -172,9 +182,8 @@ class Supervisor:
         self._records = StepRecords(
             parallel.workers,
             step,
-            global_batch=spec.plan.batch.global_batch,
             record_every=self._job.tracking.record_every,
-            lr_at=spec.lr_at,
+            values_at=self._values_at,
             staleness={int(number): count for number, count in server.get("staleness", {}).items()},
             pushes={int(worker): count for worker, count in server.get("pushes", {}).items()},
             constants={"phase": float(spec.plan.phases.index(spec.phase))},
@@ -182,6 +191,8 @@ class Supervisor:
         self._reached = self._target = step
         self._seconds: float = self._found["seconds"]
         self._gate: Gate | None = None
+        self._devices: dict[int, str] = {}
+        """Of the workers that are ready."""
         self._num_restarts = 0
         self._segment: list[Record] = []  # since the last checkpoint
         self._reported_at, self._step_s = time.perf_counter(), 0.0
@@ -267,6 +278,7 @@ class Supervisor:
             self._replace(number, error)
             return
         if call == "prepare":
+            self._devices[number] = answer
             self._ledger.join(number)
         elif call == "evaluate":
             self._ledger.join(number)
@@ -288,6 +300,7 @@ class Supervisor:
         self._tracking.after_exception(None, {number: error})
         self._crew.remove(number)
         self._ledger.leave(number)
+        self._devices.pop(number, None)
         if self._num_restarts < self._job.parallel.max_restarts:
             self._num_restarts += 1
             self._crew.add(number)
@@ -370,7 +383,7 @@ class Supervisor:
         assert gate is not None
         is_last = gate.step == self._last_step
         metrics = metrics | gate.metrics | (self._records.summary() if is_last else {})
-        records = self._records.take(gate.step, self._step_s, metrics)
+        records = self._records.take(gate.step, self._times(), metrics)
         self._segment += records
         if gate.state is not None:
             folder = self._of_shard(self._crew.shards[0].complete.remote(gate.state, self._segment))
@@ -401,10 +414,18 @@ class Supervisor:
         if self._gate is None and (count := self._records.num_complete(self._target)):
             now = time.perf_counter()
             self._step_s, self._reported_at = (now - self._reported_at) / count, now
-            records = self._records.take(self._target - 1, self._step_s)
+            records = self._records.take(self._target - 1, self._times())
             self._segment += records
             self._report(records)
 
+    def _values_at(self, step: int) -> dict[str, float]:
+        values, distill = {"train/lr": self._spec.lr_at(step)}, self._job.distill
+        return values if distill is None else values | ramp_values(distill, self._spec.plan.phases[0].steps, step)
+
+    def _times(self) -> dict[str, float]:
+        return plan_speed(self._spec.plan, list(self._devices.values())).metrics(self._step_s)
+
     def _report(self, records: list[Record]) -> None:
         if records:
-            self._tracking.after_report(None, [{"phase": self._phase.name, "records": records}], None)
+            report = {"phase": self._phase.name, "records": records, "system": self._take_samples()}
+            self._tracking.after_report(None, [report], None)

@@ -35,7 +35,7 @@ from temper.config.space import (
     listed_values,
 )
 from temper.config.space_load import active_params, dependency_order, is_met
-from temper.launch.ranking import is_measured
+from temper.ranking import is_measured
 
 Point = dict[str, int | float]
 """A trial's numbers by variable."""

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ShardState,
         Values,
     )
+    from temper.evaluation import Answers, TeacherView
     from temper.tracking.history import Record
 
 
@@ -217,12 +218,15 @@ class WorkerActor:
         if self._next_turn in self._early:
             self._early.pop(self._next_turn).set_result(None)
 
-    async def prepare(self, turn: int) -> None:
-        """Loads the data and builds the model, with the buffers and masks that the phase goes on from."""
+    async def prepare(self, turn: int) -> str:
+        """Loads the data and builds the model, with the buffers and masks that the phase goes on from. Returns the
+        name of the device that the driver gives it, empty for a CPU."""
         await self._turn(turn)
-        self._prepare()
+        return self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> str:
+        import torch
+
         from temper.data.sources import labelling_of, load_splits
         from temper.engine.deepspeed_setup import device_of
         from temper.engine.parameter_server import DownpourWorker, Replica
@@ -249,8 +253,9 @@ class WorkerActor:
             n_push=job.parallel.n_push,
             clip_norm=job.optimizer.clip_norm,
         )
-        if self._number == 0 and start.reader is None:
-            self._evaluate_teacher()
+        if self._number == 0 and start.reader is None and self._teacher is not None:
+            self._teacher.metrics()
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
     async def train(self, turn: int, ticket: Ticket) -> Pushed | None:
         """Computes one mini-batch; where that is the last of a push, answers when every shard has it."""
@@ -283,10 +288,11 @@ class WorkerActor:
         from temper.evaluation import evaluate_splits
 
         values = evaluate_splits(self._on, self._spec.plan.data.validation_examples > 0, last)
-        return {**values, **self._evaluate_teacher()}
+        return values if self._teacher is None else {**values, **self._teacher.metrics()}
 
     def _on(self, split: SplitName) -> dict[str, float]:
-        return self._measure(self._downpour.replica.predict, self._eval_batches(split))
+        answers = None if self._teacher is None else self._teacher.answers(split)
+        return self._measure(self._downpour.replica.predict, self._eval_batches(split), answers)
 
     def _eval_batches(self, split: SplitName) -> Iterator[tuple[Batch, int]]:
         from temper.data.batches import eval_batches
@@ -295,22 +301,24 @@ class WorkerActor:
         batch = plan.job.evaluation.batch
         return eval_batches(plan.job.data, self._splits[split], plan.data, rank=0, world_size=1, batch=batch)
 
-    def _measure(self, predict: Callable[[Any], Any], batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
+    def _measure(
+        self, predict: Callable[[Any], Any], batches: Iterator[tuple[Batch, int]], answers: Answers | None = None
+    ) -> dict[str, float]:
         from temper.evaluation import evaluate
 
-        return evaluate(predict, batches, self._loss, self._metrics, self._downpour.replica.device)
+        device = self._downpour.replica.device
+        return evaluate(predict, batches, self._loss, self._metrics, device, answers=answers)
 
-    def _evaluate_teacher(self) -> dict[str, float]:
-        """The teacher's metrics on the student's test split, where there is a teacher; measured once."""
-        from temper.evaluation import teacher_metrics
+    @cached_property
+    def _teacher(self) -> TeacherView | None:
+        """None where there is no teacher."""
+        from temper.evaluation import TeacherView
 
-        plan = self._spec.plan
-        if self._technique is None or plan.distill is None:
-            return {}
-        batches, device = self._technique.on_test(self._eval_batches("test")), self._downpour.replica.device
-        return teacher_metrics(
-            plan.distill.evaluation, lambda: self._measure(lambda logits: logits.to(device), batches)
-        )
+        technique, distill, device = self._technique, self._spec.plan.distill, self._downpour.replica.device
+        if technique is None or distill is None:
+            return None
+        measure = partial(self._measure, lambda logits: logits.to(device))
+        return TeacherView(distill, lambda split: technique.asked(split, self._eval_batches(split)), measure)
 
     @cached_property
     def _metrics(self) -> Any:

@@ -111,10 +111,12 @@ def _plan_cuts(plan: Plan, distill: DistillPlan, cache: CachePlan, import_folder
     # With top_k a logit has its class beside it, and each prediction one number more.
     kept = logits if cache.top_k is None else math.prod(shape[:-1]) * (cache.top_k * (number + 2) + 4)
     train = {"asked_bytes": logits + features, "kept_bytes": kept + features, "pass_rows": distill.rows}
-    test = {"asked_bytes": logits, "kept_bytes": logits, "pass_rows": distill.rows}
+    evaluated = {"asked_bytes": logits, "kept_bytes": logits, "pass_rows": distill.rows}
+    held_out = [plan_cut("validation", plan.data.validation_examples, 1, **evaluated)]
     return [
         plan_cut("train", _train_rows(plan, import_folders), cache.views, **train),
-        plan_cut("test", plan.data.test_examples, 1, **test),
+        *(held_out if plan.data.validation_examples else []),
+        plan_cut("test", plan.data.test_examples, 1, **evaluated),
     ]
 
 

@@ -51,6 +51,7 @@ from temper.products import (
 )
 from temper.remote_store import has_phase
 from temper.run_folder import JOB, PHASE_MANIFEST, PLAN
+from temper.tracking.description import PHASES_TAG
 
 Answer = TypeVar("Answer")
 
@@ -322,9 +323,7 @@ def _teacher_of_run(search: Search, run_id: str) -> Teacher:
 
 def _tagged_phases(tags: dict[str, str]) -> dict[str, str]:
     """Names and fingerprints of a run's phases by its tags; the last one last."""
-    pairs = [(re.fullmatch(r"temper\.phase\.([^.]+)", name), value) for name, value in tags.items()]
-    phases = {match[1]: value for match, value in pairs if match is not None}
-    return dict(sorted(phases.items(), key=lambda item: item[1] == tags.get("temper.fingerprint")))
+    return {phase["name"]: phase["fingerprint"] for phase in json.loads(tags.get(PHASES_TAG, "[]"))}
 
 
 def _teacher_of_folder(search: Search, folder: Path) -> Teacher:

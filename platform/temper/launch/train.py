@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
@@ -29,22 +29,23 @@ from temper.errors import EXIT_INTERRUPTED, RunError, TemperError
 from temper.files import read_json, read_lines, write_json
 from temper.launch.cluster import RaySession, cluster_shape, prepare_environment
 from temper.launch.ingest import ingest
-from temper.launch.phase_store import claim_phases, complete_history, computing_run, forget_phases, is_complete
+from temper.launch.phase_store import claim_phases, complete_history, forget_phases, is_complete
+from temper.launch.reconcile import reconcile
 from temper.launch.teacher_runs import (
     TeacherResult,
     claim_teacher,
     is_trained,
     keep_teacher,
     teacher_results,
-    teacher_tags,
     teachers_of,
 )
 from temper.launch.teachers import plan_job
+from temper.launch.tracked_run import TrackedRun
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
-from temper.remote_store import Flag, fetch_phase, fetch_run_record, publish, publish_run
+from temper.remote_store import Flag, fetch_phase, fetch_run_record, publish
 from temper.run_folder import (
     FAILURES,
     HISTORY,
@@ -52,15 +53,17 @@ from temper.run_folder import (
     LOCK,
     PHASE_MANIFEST,
     PLAN,
+    REGISTERED,
     RUN,
     STAGES,
     STOP,
+    SYSTEM,
     WorkerSpec,
 )
 from temper.storage import absolute_storage
-from temper.tracking.delivery import replay
+from temper.tracking.delivery import is_lost, replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
-from temper.tracking.mlflow_store import RunStatus, close_run, known_run, log_tags, open_run, tracking_uri
+from temper.tracking.mlflow_store import RunGoneError, RunStatus, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
@@ -94,7 +97,8 @@ class TrainResult:
     """What `temper train --json` prints. `seconds` is the whole command's time; a phase's is its training alone.
 
     `status` is `finished`, or `reused` where all phases were. `checkpoint` and `metrics` are those of the last phase.
-    `teacher_metrics` are the teacher's, all of an ensemble together, on this job's test split.
+    `teacher_metrics` are the teacher's, all of an ensemble together, on this job's test split. `registered` is what the
+    run is in MLflow's registry, where the job wants that: `uri`, `alias`, and for people `note`.
     """
 
     run_id: str
@@ -106,17 +110,10 @@ class TrainResult:
     phases: list[PhaseResult] = field(default_factory=list)
     teachers: list[TeacherResult] = field(default_factory=list)
     teacher_metrics: dict[str, float] = field(default_factory=dict)
+    registered: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """An MLflow run: its id, and the store that has it."""
-
-    uri: str
-    run_id: str
 
 
 class RunInterrupted(TemperError):
@@ -151,11 +148,13 @@ def launch_train(job: JobConfig, job_folder: Path, options: TrainOptions) -> Tra
         if pending:
             trained = train_teachers(plan, options, session, stack)
             with _display(options.display, plan) as display:
-                _run(WorkerSpec(plan, pending, import_folders(job_folder)), options.command, session, display)
+                _run(WorkerSpec(plan, pending, import_folders(job_folder)), options.command, "run", session, display)
         else:
             _deliver_late(WorkerSpec(plan, (), import_folders(job_folder)), options.command)
         _deliver_teachers(plan, options.command)
-        return _result(plan, pending, time.perf_counter() - started, trained)
+        registered = _register(plan)
+        result = _result(plan, pending, time.perf_counter() - started, trained)
+        return replace(result, registered=registered)
 
 
 def train_teachers(plan: Plan, options: TrainOptions, session: RaySession, stack: ExitStack) -> frozenset[str]:
@@ -183,14 +182,16 @@ def _train_teacher(teacher: Teacher, options: TrainOptions, session: RaySession)
         if pending:
             train_teachers(teacher.plan, options, session, stack)
             with _display(options.display, teacher.plan, title) as display:
-                _run(WorkerSpec(teacher.plan, pending, teacher.import_folders), options.command, session, display)
+                spec = WorkerSpec(teacher.plan, pending, teacher.import_folders)
+                _run(spec, options.command, "teacher", session, display)
     return bool(pending)
 
 
 def _forget(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     """`--fresh`: all phases are computed again, in a new MLflow run."""
     phases = forget_phases(plan, stack)
-    (plan.run_folder / RUN).unlink(missing_ok=True)
+    for name in (RUN, SYSTEM):
+        (plan.run_folder / name).unlink(missing_ok=True)
     return phases
 
 
@@ -227,8 +228,9 @@ def _result(
     )
 
 
-def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) -> None:
-    """Everything between the plan and the manifest of the last phase that is to be run."""
+def _run(spec: WorkerSpec, command: str, kind: str, session: RaySession, display: Display) -> None:
+    """Everything between the plan and the manifest of the last phase that is to be run. `kind` is that of the run in
+    MLflow."""
     plan, pending = spec.plan, spec.phases
     prepare_folders(spec)
     for note in plan.notes:
@@ -245,7 +247,7 @@ def _run(spec: WorkerSpec, command: str, session: RaySession, display: Display) 
     session.start(plan.run_folder / "logs")
     ingest(plan.job.data, plan.data, plan.job.storage_folder, display.stage)
     _cache_teacher(spec, display)
-    tracking = _Tracking(plan, command)
+    tracking = _Tracking(plan, command, kind)
     display.stage(f"starting {plan.mesh.world_size} worker{'s' if plan.mesh.world_size > 1 else ''}")
     flag = Flag(plan.run_folder / STOP, plan.cluster.nodes)
 
@@ -304,31 +306,45 @@ def prepare_folders(spec: WorkerSpec) -> None:
 
 
 class _Tracking:
-    """The MLflow run, opened beside the training.
+    """The MLflow run, opened and followed beside the training.
 
     A new database takes seconds of a core, and no worker waits for it: the first step comes first, and what is
     reported before the run is open is in the histories.
     """
 
-    def __init__(self, plan: Plan, command: str) -> None:
-        self._plan, self._command = plan, command
-        self._opening: Future[TrackedRun] | None = None
+    def __init__(self, plan: Plan, command: str, kind: str) -> None:
+        self._plan = plan
+        self._run = tracked_run(plan, command, kind)
+        self._executor = ThreadPoolExecutor(1, "tracking")
+        self._opening: Future[None] | None = None
+        self._num_complete = 0
 
-    def open(self) -> Future[TrackedRun]:
-        """Begins to open the run; does nothing the second time."""
-        if self._opening is None:
-            executor = ThreadPoolExecutor(1)
-            self._opening = executor.submit(_open_run, self._plan, self._command)
-            executor.shutdown(wait=False)
-        return self._opening
+    def follow(self) -> None:
+        """Begins to open the run; later gives phases that have become complete their own runs."""
+        manifests = [self._plan.phase_folder(phase) / PHASE_MANIFEST for phase in self._plan.phases]
+        num_complete = sum(manifest.exists() for manifest in manifests)
+        if self._opening is None or is_lost(self._run.record):
+            self._opening = self._executor.submit(self._run.open)
+            self._executor.submit(reconcile, self._plan.job.storage_folder)
+        elif num_complete > self._num_complete:
+            self._executor.submit(self._run.grow)
+        self._num_complete = num_complete
 
     def settle(self, status: RunStatus, display: Display) -> None:
         """Completes what MLflow knows, with the terminal status. A dead server must not hide the result."""
         try:
-            if not _deliver(self.open().result(), self._plan, status):
+            opening = self._opening or self._executor.submit(self._run.open)
+            self._executor.shutdown()
+            opening.result()
+            if not _deliver(self._run, status):
                 raise RunError("the store did not take the end of the run in time")
         except RunError as error:
             display.note(f"MLflow lacks what the history of this run has ({error}); the same command delivers it later")
+
+
+def tracked_run(plan: Plan, command: str, kind: str = "run") -> TrackedRun:
+    """The MLflow run of a command's own plan, or of a teacher's."""
+    return TrackedRun(tracking_uri(plan.job), plan, command, tags={"temper.kind": kind})
 
 
 @contextmanager
@@ -338,35 +354,6 @@ def _display(mode: DisplayMode, plan: Plan, title: str = "") -> Iterator[Display
         yield display
     finally:
         display.close()
-
-
-def _open_run(plan: Plan, command: str) -> TrackedRun:
-    """The MLflow run of this run folder: a new one, or the one that a broken attempt left."""
-    uri = tracking_uri(plan.job)
-    run_id = known_run(plan.run_folder / RUN, uri)
-
-    def note(created: str) -> None:
-        # At once: a command that is killed now would leave a run that nobody knows.
-        write_json(plan.run_folder / RUN, {"uri": uri, "run_id": created, "open": False})
-
-    opened = open_run(uri, plan, run_id=run_id, job_yaml=job_to_yaml(plan.job), command=command, created=note)
-    run = TrackedRun(uri, opened)
-    write_json(plan.run_folder / RUN, {**asdict(run), "open": True})
-    publish_run(plan.run_folder, plan.job.storage_folder)
-    log_tags(uri, run.run_id, {**phase_tags(plan, run.run_id), **teacher_tags(plan)})
-    return run
-
-
-def phase_tags(plan: Plan, run_id: str) -> dict[str, str]:
-    """`temper.phase.<name>`: the phase's fingerprint; `temper.phase.<name>.computed_by`: the run that computed it,
-    where that is known and is not the run `run_id`."""
-    tags = {}
-    for phase in plan.phases:
-        tags[f"temper.phase.{phase.name}"] = phase.fingerprint
-        computed_by = computing_run(plan, phase)
-        if computed_by not in (None, run_id):
-            tags[f"temper.phase.{phase.name}.computed_by"] = computed_by
-    return tags
 
 
 def import_folders(job_folder: Path) -> tuple[str, ...]:
@@ -412,7 +399,7 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
     while True:
         running = thread.is_alive()
         if watch.look(time.time() - STAGE_DELAY_S if running else math.inf):
-            tracking.open()
+            tracking.follow()
         if not running:
             break
         time.sleep(POLL_S)
@@ -476,25 +463,53 @@ def _failure_text(run_folder: Path, error: BaseException) -> str:
     return f"rank {last['rank']}: {kind}: {last['message']}; the whole log is {logs}/rank-{last['rank']}.log"
 
 
-def _deliver(run: TrackedRun, plan: Plan, status: RunStatus) -> bool:
+def _deliver(run: TrackedRun, status: RunStatus) -> bool:
     """Gives MLflow what it lacks of the run; false where it does not take all of it."""
-    delivered = replay(run.uri, run.run_id, phase_histories(plan)) and close_run(run.uri, run.run_id, status)
-    if status == "FINISHED" and len(plan.phases) > 1:
+    try:
+        delivered = _replay(run)
+    except RunGoneError:
+        run.open()
+        delivered = _replay(run)
+    delivered = delivered and run.end(status)
+    if delivered and status == "FINISHED":
         # Only now: it imports matplotlib and torch.
-        from temper.tracking.report import log_plots
+        from temper.tracking.report import log_report
 
-        delivered = delivered and log_plots(run.uri, run.run_id, plan)
-    write_json(plan.run_folder / RUN, {**asdict(run), "open": False, "delivered": delivered})
-    publish_run(plan.run_folder, plan.job.storage_folder)
+        log_report(run.uri, run.run_id, run.plan.run_folder)
     return delivered
 
 
-def _deliver_late(spec: WorkerSpec, command: str) -> None:
+def _replay(run: TrackedRun) -> bool:
+    return replay(run.uri, run.run_id, phase_histories(run.plan), run.plan.run_folder / SYSTEM)
+
+
+def _deliver_late(spec: WorkerSpec, command: str, kind: str = "run") -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(spec.run_folder / RUN) or {}
     if not known.get("delivered"):
         prepare_folders(spec)
-        _deliver(_open_run(spec.plan, command), spec.plan, "FINISHED")
+        run = tracked_run(spec.plan, command, kind)
+        run.open()
+        _deliver(run, "FINISHED")
+
+
+def _register(plan: Plan) -> dict[str, str]:
+    """Makes the finished run a version of the model that the job names, unless it is one."""
+    name, run_id = plan.job.tracking.register_as, (read_json(plan.run_folder / RUN) or {}).get("run_id")
+    if name is None or run_id is None:
+        return {}
+    known = read_json(plan.run_folder / REGISTERED) or {}
+    if (known.get("name"), known.get("run_id")) == (name, run_id):
+        return dict(known["registered"])
+    # Only now: it imports torch.
+    from temper.launch.registering import register_run
+
+    try:
+        registered = asdict(register_run(plan.run_folder, name))
+    except TemperError as error:
+        return {"uri": "", "alias": "", "note": f"the run could not be registered: {error}"}
+    write_json(plan.run_folder / REGISTERED, {"name": name, "run_id": run_id, "registered": registered})
+    return registered
 
 
 def _deliver_teachers(plan: Plan, command: str) -> None:
@@ -505,7 +520,7 @@ def _deliver_teachers(plan: Plan, command: str) -> None:
             continue
         try:
             with claimed(own.run_folder / LOCK, f"{own.job.name}, {own.fingerprint[:10]},"):
-                _deliver_late(WorkerSpec(own, (), teacher.import_folders), command)
+                _deliver_late(WorkerSpec(own, (), teacher.import_folders), command, "teacher")
         except RunError:
             # Another command is at it, or MLflow is away; the student's result is there all the same.
             continue

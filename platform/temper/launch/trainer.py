@@ -28,10 +28,11 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from temper.plan.room import GroupShape, shape_of
-from temper.run_folder import FAILURES, RUN, TraceSpec, WorkerSpec
+from temper.run_folder import FAILURES, RUN, SYSTEM, TraceSpec, WorkerSpec
 from temper.storage import shared_path
 from temper.tracking.callback import TrackingCallback, TrackingTarget, build_callbacks
 from temper.tracking.history import phase_histories
+from temper.tracking.system_metrics import collected
 
 
 class ProcessGroupBackend(Backend):
@@ -106,7 +107,7 @@ def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
         run_record=str(spec.run_folder / RUN),
         histories=phase_histories(spec.plan),
         failures_path=str(spec.run_folder / FAILURES),
-        system_metrics=spec.plan.job.tracking.system_metrics,
+        system_path=str(spec.run_folder / SYSTEM),
     )
     restarts = spec.plan.job.parallel.max_restarts
     return _trainer(_train_loop, spec, build_callbacks(target), restarts=restarts, embedded=embedded)
@@ -114,7 +115,7 @@ def build_trainer(spec: WorkerSpec, *, embedded: bool) -> DataParallelTrainer:
 
 def build_tracer(spec: TraceSpec, *, embedded: bool) -> DataParallelTrainer:
     """The trainer that takes a few steps of plans of one mesh and writes down what they did."""
-    target = TrackingTarget("", (), failures_path=str(spec.run_folder / FAILURES), system_metrics=False)
+    target = TrackingTarget("", (), failures_path=str(spec.run_folder / FAILURES), system_path="")
     return _trainer(_trace_loop, spec, [TrackingCallback(target)], restarts=0, embedded=embedded)
 
 
@@ -168,10 +169,13 @@ def _train_loop(config: dict[str, Any]) -> None:
     from temper.worker import work
 
     def report(phase: str, records: list[dict[str, Any]]) -> None:
-        ray.train.report({"records": records, "phase": phase})
+        ray.train.report({"records": records, "phase": phase, "system": take_samples()})
 
+    plan = config["spec"].plan
+    is_wanted = plan.job.tracking.system_metrics and os.environ["LOCAL_RANK"] == "0"
     try:
-        work(config["spec"], report)
+        with collected(is_wanted, is_only_node=plan.cluster.nodes == 1) as take_samples:
+            work(config["spec"], report)
     except Interrupted:
         # The state is saved. To raise would make Ray start the workers again.
         return

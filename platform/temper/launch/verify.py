@@ -202,7 +202,14 @@ def _topology(plan: Plan) -> dict[str, Any]:
 def _keep(certificate: Certificate, plan: Plan, command: str) -> Certificate:
     """Writes the certificate where the run's files are, and into MLflow."""
     uri = tracking_uri(plan.job)
-    run_id = open_run(uri, plan, job_yaml=job_to_yaml(plan.job), command=command)
+    run_id = open_run(
+        uri,
+        plan,
+        job_yaml=job_to_yaml(plan.job),
+        command=command,
+        name=f"{plan.job.name} verify",
+        tags={"temper.kind": "verify"},
+    )
     certificate = Certificate(**{**vars(certificate), "run_id": run_id})
     write_json(plan.run_folder / CERTIFICATE, certificate.to_dict())
     log_certificate(uri, run_id, certificate.to_dict(), "equal" if certificate.difference is None else "differs")

@@ -23,7 +23,8 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A published data set: sizes, and mean and deviation of its training inputs scaled to 0…1."""
+    """A published data set: sizes, and mean and deviation of its training inputs scaled to 0…1. `class_names` are empty
+    where classes are called by their numbers."""
 
     train_examples: int
     test_examples: int
@@ -33,6 +34,7 @@ class BuiltIn:
     std: tuple[float, ...]
     digests: tuple[str, ...]
     files: tuple[RemoteFile, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def _idx_files(
@@ -81,6 +83,20 @@ _CIFAR10_FILES = (
         "file",
     ),
 )
+# As the publishers write them.
+_FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # SHA-256 of the text of scikit-learn's `datasets/data/digits.csv.gz`.
 DIGITS_DIGEST = "sha256:6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"
 
@@ -93,7 +109,15 @@ BUILT_INS: dict[str, BuiltIn] = {
     "digits": BuiltIn(1437, 360, (1, 8, 8), 10, (0.30538,), (0.37606,), (DIGITS_DIGEST,)),
     "mnist": BuiltIn(60_000, 10_000, (1, 28, 28), 10, (0.1307,), (0.3081,), _digests(_MNIST_FILES), _MNIST_FILES),
     "fashion_mnist": BuiltIn(
-        60_000, 10_000, (1, 28, 28), 10, (0.28604,), (0.35302,), _digests(_FASHION_MNIST_FILES), _FASHION_MNIST_FILES
+        60_000,
+        10_000,
+        (1, 28, 28),
+        10,
+        (0.28604,),
+        (0.35302,),
+        _digests(_FASHION_MNIST_FILES),
+        _FASHION_MNIST_FILES,
+        _FASHION_MNIST_CLASSES,
     ),
     "cifar10": BuiltIn(
         50_000,
@@ -104,5 +128,6 @@ BUILT_INS: dict[str, BuiltIn] = {
         (0.24703223, 0.24348513, 0.26158784),
         _digests(_CIFAR10_FILES),
         _CIFAR10_FILES,
+        _CIFAR10_CLASSES,
     ),
 }

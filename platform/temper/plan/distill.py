@@ -7,11 +7,12 @@ Finding a teacher needs files, and training one needs a cluster, so that both ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from temper.config.schema import ModelConfig
+from temper.config.schema import DistillConfig, ModelConfig, RampConfig
+from temper.schedules import build_ramp
 
 if TYPE_CHECKING:
     from temper.plan.build import Plan
@@ -100,7 +101,8 @@ class FeaturePair:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What the teacher says of the training split, `views` times each example, and of the test split, on disk.
+    """What the teacher says of the training split, `views` times each example, and of those that the student is
+    evaluated on, on disk.
 
     `recipe` is everything that decides it, by name, and `key` its hash, the folder's name. `features` says whether the
     features of the pairs are there, too.
@@ -118,7 +120,8 @@ class CachePlan:
 class DistillPlan:
     """`rows` is the number of examples in every forward pass of the teacher, the last of which is filled up: so what it
     says of an example depends on no batch. `cache` is None where the teacher is live. `evaluation` is the file that
-    has, or will have, the teacher's metrics on the student's test split."""
+    has, or will have, the teacher's metrics on the student's test split, and `answers` are, by the splits that the
+    student is evaluated on, those with its most probable classes, where outputs are classes."""
 
     teachers: tuple[Teacher, ...]
     facts: tuple[ModelFacts, ...]
@@ -126,6 +129,7 @@ class DistillPlan:
     rows: int
     cache: CachePlan | None
     evaluation: Path
+    answers: Mapping[str, Path] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         cache = None if self.cache is None else {**asdict(self.cache), "folder": str(self.cache.folder)}
@@ -135,4 +139,16 @@ class DistillPlan:
             "rows": self.rows,
             "cache": cache,
             "evaluation": str(self.evaluation),
+            "answers": {split: str(file) for split, file in self.answers.items()},
         }
+
+
+def ramp_values(config: DistillConfig, dense_steps: int, step: int) -> dict[str, float]:
+    """What the ramps are at the job's step `step` (0-based), to be recorded with it; empty where nothing changes. They
+    go over the `dense_steps` of the dense phase and stay at their ends in later phases."""
+    ramps = {"temperature": config.temperature, "alpha": config.alpha}
+    return {
+        f"distill/{name}": build_ramp(ramp, dense_steps)(step)
+        for name, ramp in ramps.items()
+        if isinstance(ramp, RampConfig)
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -266,6 +266,20 @@ def _shortened(names: Sequence[str]) -> str:
     if len(names) <= _NAMES_SHOWN:
         return ", ".join(names)
     return f"{', '.join(names[:_NAMES_SHOWN])}, … ({len(names)})"
+
+
+# -------------------------------------------------------------------------------------------------------- what is left
+
+
+def parameters_left(num_parameters: int, shapes: Mapping[str, Sequence[int]], metrics: Mapping[str, float]) -> float:
+    """Parameters of the model less those that are exactly zero in the layers that the newest sparse phase pruned.
+    `shapes` are those of the prunable weights, by name; `metrics` have `sparsity/<weight>` of the pruned ones."""
+    zeros = sum(
+        metrics[f"sparsity/{name}"] * math.prod(shape)
+        for name, shape in shapes.items()
+        if f"sparsity/{name}" in metrics
+    )
+    return float(num_parameters - round(zeros))
 
 
 # --------------------------------------------------------------------------------------------------------------- notes

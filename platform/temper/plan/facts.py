@@ -40,7 +40,8 @@ class DataFacts:
     that of one example after the transforms, images as (channels, height, width). `mean` and `std` are what inputs
     scaled to 0…1 are normalised with, per channel; empty: inputs are used as they are. `fingerprint` is over everything
     that decides the stored examples; it leaves out how a job uses them (holdout, transforms, batches). `folder` is
-    where a user's own files lie, empty for other kinds.
+    where a user's own files lie, empty for other kinds. `class_names` are the data set's own, in the order of their
+    numbers; empty where it has none.
     """
 
     train_examples: int
@@ -53,6 +54,7 @@ class DataFacts:
     fingerprint: str
     folder: str = ""
     left_out_examples: int = 0
+    class_names: tuple[str, ...] = ()
 
 
 def data_facts(config: DataConfig, job_folder: Path, *, taught: bool = False) -> DataFacts:
@@ -88,6 +90,7 @@ def data_facts(config: DataConfig, job_folder: Path, *, taught: bool = False) ->
         fingerprint=_fingerprint(config.kind, found.ingredients),
         folder=str(find_data_folder(config.path, job_folder)) if isinstance(config, FileData) else "",
         left_out_examples=left_out,
+        class_names=found.class_names,
     )
 
 
@@ -124,6 +127,7 @@ def _inspect_built_in(config: DataConfig, job_folder: Path) -> FoundData:
         entry.mean,
         entry.std,
         list(entry.digests),
+        entry.class_names,
     )
 
 

@@ -56,10 +56,11 @@ def plan_teaching(
     if cut:
         raise JobError(cut)
     rows = job.distill.teacher_batch or min(batch.micro_batch, _MOST_ROWS)
-    evaluation = (
-        job.storage_folder / "teachers" / f"{fingerprint(_evaluation_recipe(job, data, teachers, sources))}.json"
-    )
-    plan = DistillPlan(tuple(teachers), tuple(facts), pairs, rows, cache=None, evaluation=evaluation)
+    folder = job.storage_folder / "teachers"
+    asked = _asked(job, data, teachers, sources)
+    evaluation = folder / f"{fingerprint(_evaluation_recipe(job, asked, sources))}.json"
+    answers = {split: folder / f"{fingerprint(recipe)}.npy" for split, recipe in _answers_recipes(job, asked).items()}
+    plan = DistillPlan(tuple(teachers), tuple(facts), pairs, rows, None, evaluation, answers)
     return plan if job.distill.cache == "none" else replace(plan, cache=_plan_cache(job, data, mesh, sources, plan))
 
 
@@ -219,7 +220,7 @@ def _cache_recipe(
         "teacher": _identities(plan.teachers),
         "data": {
             "fingerprint": data.fingerprint,
-            "holdout": job.data.holdout,
+            "held_out": job.data.holdout,
             "omitted": sorted(job.data.omit_classes),
             "source": sources.get("data.target"),
         },
@@ -241,21 +242,38 @@ def _teachers_libraries(job: JobConfig, teachers: Sequence[Teacher]) -> dict[str
     return versions
 
 
-def _evaluation_recipe(
-    job: JobConfig, data: DataFacts, teachers: Sequence[Teacher], sources: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that decides the teacher's metrics, but for the last bits."""
+def _asked(job: JobConfig, data: DataFacts, teachers: Sequence[Teacher], sources: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that decides what the teacher says of the splits that the student is evaluated on, but for the last
+    bits."""
     assert job.distill is not None, "only a student asks"
     return {
         "teacher": _identities(teachers),
         "data": data.fingerprint,
         "transforms": [transform.model_dump(mode="json") for transform in job.data.eval_transforms],
         "normalisation": {"mean": list(data.mean), "std": list(data.std)},
+        "signals": job.distill.signals,
+        "source": sources.get("data.target"),
+    }
+
+
+def _evaluation_recipe(job: JobConfig, asked: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that decides the teacher's metrics on the test split."""
+    return {
+        **asked,
         "loss": job.loss.model_dump(mode="json"),
         "metrics": list(job.evaluation.metrics),
-        "signals": job.distill.signals,
-        "sources": [sources.get("data.target"), sources.get("loss.target")],
+        "per_class": job.evaluation.per_class,
+        "source of the loss": sources.get("loss.target"),
     }
+
+
+def _answers_recipes(job: JobConfig, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everything that decides the teacher's most probable classes, by the splits that the student is evaluated on;
+    empty where its outputs are no classes."""
+    if job.loss.kind != "cross_entropy":
+        return {}
+    held_out = {"validation": {**asked, "held_out": job.data.holdout}} if job.data.holdout else {}
+    return {**held_out, "test": dict(asked)}
 
 
 def _augmentation(job: JobConfig) -> dict[str, Any]:

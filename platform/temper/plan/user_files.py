@@ -25,7 +25,8 @@ FileData = ImageFolderData | ParquetData | WebDatasetData
 
 @dataclass(frozen=True)
 class FoundData:
-    """What an inspector saw: sizes before any transform. `shape` has height and width 0 where images differ in size."""
+    """What an inspector saw: sizes before any transform. `shape` has height and width 0 where images differ in size.
+    `class_names` are empty where classes are called by their numbers."""
 
     train_examples: int
     test_examples: int
@@ -34,6 +35,7 @@ class FoundData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ingredients: Any
+    class_names: tuple[str, ...] = ()
 
 
 def find_data_folder(path: str, job_folder: Path) -> Path:
@@ -76,7 +78,13 @@ def inspect_image_folder(config: ImageFolderData, job_folder: Path) -> FoundData
     shape = _common_shape([_image_shape(file.read_bytes(), str(file)) for file in first])
     listing = {split: [_identity(file, root) for file in _all_files(splits[split])] for split in SPLITS}
     return FoundData(
-        len(listing["train"]), len(listing["test"]), shape, len(splits["train"]), *_neutral(shape), ingredients=listing
+        len(listing["train"]),
+        len(listing["test"]),
+        shape,
+        len(splits["train"]),
+        *_neutral(shape),
+        ingredients=listing,
+        class_names=tuple(splits["train"]),
     )
 
 

@@ -19,10 +19,10 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 
 from temper.errors import RunError
-from temper.files import read_json
-from temper.tracking.delivery import RunTracker
+from temper.tracking.delivery import RunTracker, record_queue, system_queue
 from temper.tracking.failures import describe_failure, failed_ranks, unwrap
 from temper.tracking.history import Histories, PhaseHistory
+from temper.tracking.system_metrics import SystemSpool
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,14 @@ class TrackingTarget:
 
     `run_record` is the file in which the driver writes down the MLflow run as soon as it is open: workers start
     meanwhile, and what they report before is in the histories. `histories` are those of all phases, in their order,
-    also of the phases that are reused: the run is given their records too. `system_metrics`: log the machine's too.
+    also of the phases that are reused: the run is given their records too. `system_path` is the spool of system
+    metrics.
     """
 
     run_record: str
     histories: tuple[PhaseHistory, ...]
     failures_path: str
-    system_metrics: bool
+    system_path: str
 
 
 def build_callbacks(target: TrackingTarget) -> list[RayTrainCallback]:
@@ -51,23 +52,44 @@ def build_callbacks(target: TrackingTarget) -> list[RayTrainCallback]:
     return [tracking, TrackingEnd(tracking)]
 
 
+class Tracking:
+    """The spools of a run, and the thread that delivers from them."""
+
+    def __init__(self, target: TrackingTarget) -> None:
+        self._record = Path(target.run_record)
+        self._histories = Histories(target.histories)
+        self._system = SystemSpool(Path(target.system_path))
+        self._tracker: RunTracker | None = None
+
+    def add(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Stores what the ranks report; the network is another thread's."""
+        self._histories.append(reports[0]["phase"], reports[0]["records"])
+        self._system.add([sample for report in reports for sample in report.get("system", [])])
+        if self._tracker is None:
+            tracker = RunTracker(self._record, [record_queue(self._histories), system_queue(self._system)])
+            tracker.start()
+            self._tracker = tracker
+        self._tracker.wake()
+
+    def close(self, timeout_s: float) -> bool:
+        """Delivers what is left; true when the store has everything."""
+        return self._tracker is not None and self._tracker.close(timeout_s)
+
+
 class TrackingCallback(UserCallback):
-    """Takes `{"records": [...], "phase": name}` of rank 0 from every report; the other ranks' are not looked at."""
+    """Takes `{"phase": name, "records": [...], "system": [...]}` from every report: the records of rank 0, and the
+    samples of the nodes' system metrics, which one rank of each node has."""
 
     def __init__(self, target: TrackingTarget) -> None:
         self.target = target
-        self._histories: Histories | None = None
-        self._tracker: RunTracker | None = None
+        self._tracking: Tracking | None = None
         self._failures: list[dict[str, Any]] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Never raises: a fault in tracking must not end the training."""
         try:
-            if self._histories is None:
-                self._histories = Histories(self.target.histories)
-            tracker = self._open_tracker(self._histories)
-            store = self._histories.append if tracker is None else tracker.add
-            store(metrics[0]["phase"], metrics[0]["records"])
+            self._tracking = self._tracking or Tracking(self.target)
+            self._tracking.add(metrics)
         except Exception:
             log.exception("a report could not be tracked")
 
@@ -88,26 +110,10 @@ class TrackingCallback(UserCallback):
     def close(self, timeout_s: float) -> bool:
         """Deliver what is left; true when the store has everything. Never raises."""
         try:
-            if self._histories is None:
-                return True
-            tracker = self._open_tracker(self._histories)
-            return tracker is not None and tracker.close(timeout_s)
+            return self._tracking is None or self._tracking.close(timeout_s)
         except Exception:
             log.exception("tracking did not end in order")
             return False
-
-    def _open_tracker(self, histories: Histories) -> RunTracker | None:
-        """Once the run is open, its tracker, which first delivers what the histories hold."""
-        if self._tracker is None and (run := read_json(Path(self.target.run_record))) and run.get("open"):
-            watched = self.target.system_metrics
-            try:
-                tracker = RunTracker(run["uri"], run["run_id"], histories, system_metrics=watched)
-                tracker.start()
-            except Exception:
-                log.exception("the run cannot be tracked; its histories go on")
-                return None
-            self._tracker = tracker
-        return self._tracker
 
     def _write_failures(self, errors: Mapping[int, BaseException]) -> None:
         time_ms = time.time_ns() // 1_000_000

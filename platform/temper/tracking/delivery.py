@@ -3,6 +3,9 @@
 The histories of all phases, one after the other, are the queue: steps rise from phase to phase. What has arrived is
 asked of the store itself, at the start and after every failure, so neither a crash on this side nor a lost answer from
 the other loses or doubles a step.
+
+A store that came back without the run is given everything anew: the tracker leaves a note beside the run's record, and
+the driver, which reads it, opens another run and names that in the record.
 """
 
 from __future__ import annotations
@@ -12,28 +15,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from temper.files import read_json, write_json
+from temper.run_folder import LOST
 from temper.tracking.history import Histories, HistoryTail, PhaseHistory, Record
-from temper.tracking.mlflow_store import BATCH_METRICS, RefusedError, RunMetrics
+from temper.tracking.mlflow_store import BATCH_METRICS, RefusedError, RunGoneError, RunMetrics, is_system_progress
 from temper.tracking.redact import redact_text
+from temper.tracking.system_metrics import SystemSpool, spool
 
 log = logging.getLogger(__name__)
 
 _GATHER_S = 1.0  # news is gathered for this long, then sent together
 _LONGEST_PAUSE_S = 30.0
 _CLOSING_PAUSE_S = 0.5
-_SYSTEM_RESTART_S = 30.0
-
-
-class SystemWatch(Protocol):
-    """What logs the use of the machine beside the metrics of the run."""
-
-    @property
-    def alive(self) -> bool: ...
-
-    def stop(self) -> None: ...
 
 
 class Sink(Protocol):
@@ -43,10 +41,37 @@ class Sink(Protocol):
 
     def send(self, records: Sequence[Record]) -> None: ...
 
-    def watch_system(self) -> SystemWatch: ...
-
 
 OpenSink = Callable[[str, str], Sink]
+open_system: OpenSink = partial(RunMetrics, progress=is_system_progress)
+
+
+def _nothing(phase: str) -> list[Record]:
+    return []
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What goes to one kind of sink: histories, and what their files do not hold yet, by the name of the phase."""
+
+    phases: tuple[PhaseHistory, ...]
+    open_sink: OpenSink = RunMetrics
+    unwritten: Callable[[str], list[Record]] = _nothing
+
+    def delivery(self, uri: str, run_id: str) -> Delivery:
+        return Delivery(self.phases, self.unwritten, lambda: self.open_sink(uri, run_id))
+
+
+def record_queue(histories: Histories) -> Queue:
+    """The queue of histories that are being written."""
+    return Queue(histories.phases, RunMetrics, histories.unwritten)
+
+
+def system_queue(samples: SystemSpool | Path) -> Queue:
+    """The queue of a spool of system metrics: one that is being written, or a file that nobody writes any more."""
+    if isinstance(samples, SystemSpool):
+        return Queue(spool(samples.path), open_system, samples.unwritten)
+    return Queue(spool(samples), open_system)
 
 
 class Delivery:
@@ -69,7 +94,7 @@ class Delivery:
         self._open_sink = open_sink
         self._waiting: deque[Record] = deque()
         self._delivered: int | None = None  # None: the store must be asked
-        self.sink: Sink | None = None
+        self._sink: Sink | None = None
 
     @property
     def path(self) -> Path:
@@ -79,12 +104,12 @@ class Delivery:
     def deliver(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Send all that there is, or up to the first batch before which `stop()`. Raises what the store raises; the
         next call then goes on where the store says that this one ended."""
-        self.sink = self.sink or self._open_sink()
+        self._sink = self._sink or self._open_sink()
         if self._delivered is None:
-            self._delivered = self.sink.last_step()
+            self._delivered = self._sink.last_step()
         while not stop() and (batch := self._next_batch(self._delivered)):
             try:
-                self._send(self.sink, batch)
+                self._send(self._sink, batch)
             except Exception:
                 self._delivered = None
                 raise
@@ -134,79 +159,101 @@ def take_batch(records: Iterable[Record], limit: int = BATCH_METRICS) -> list[Re
     return batch
 
 
+# ------------------------------------------------------------------------------------------- which run it is, and where
+
+
+def opened_run(record: Path) -> tuple[str, str] | None:
+    """The store's address and the run's id, once the driver has written down that the run is open."""
+    run = read_json(record)
+    return (run["uri"], run["run_id"]) if run and run.get("open") else None
+
+
+def is_lost(record: Path) -> bool:
+    """Whether a tracker has found that the store does not have the run of `record` any more: it wants another one."""
+    run, lost = read_json(record), read_json(record.with_name(LOST))
+    return run is not None and lost is not None and run["run_id"] == lost["run_id"]
+
+
+def _note_lost(record: Path, run_id: str) -> None:
+    if is_lost(record):
+        return
+    try:
+        write_json(record.with_name(LOST), {"run_id": run_id})
+    except OSError as error:
+        log.error("%s cannot be written: %s", record.with_name(LOST), error)
+    log.warning("MLflow does not have run %s any more; all that it had is delivered to the next one", run_id)
+
+
+# --------------------------------------------------------------------------------------------- while a run is tracked
+
+
 class RunTracker:
-    """A thread that delivers histories to a run while they grow, and logs the use of the machine if asked to.
+    """A thread that delivers to the run that `record` names, as soon as that is open, while the histories grow.
 
     Nothing here raises or waits for the store, except `close` for as long as it is told to.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        run_id: str,
-        histories: Histories,
-        *,
-        system_metrics: bool = False,
-        open_sink: OpenSink = RunMetrics,
-    ) -> None:
-        self._uri = uri
-        self._histories = histories
-        self._delivery = Delivery(histories.phases, histories.unwritten, lambda: open_sink(uri, run_id))
-        self._system_metrics = system_metrics
-        self._system: SystemWatch | None = None
-        self._system_started_s = -_SYSTEM_RESTART_S
+    def __init__(self, record: Path, queues: Sequence[Queue]) -> None:
+        self._record, self._queues = record, queues
+        self._run: tuple[str, str] | None = None
+        self._deliveries: list[Delivery] = []
         self._news = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
         self._drained = False
         self._outage_since_s: float | None = None
-        self._thread = threading.Thread(target=self._run, name="temper-tracking", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="temper-tracking", daemon=True)
 
     def start(self) -> None:
         """Begin; what the histories hold and the store does not is sent first."""
         self._news.set()
         self._thread.start()
 
-    def add(self, phase: str, records: Sequence[Record]) -> list[Record]:
-        """Store a phase's records in its history and have them delivered; returns those that it did not have."""
-        new = self._histories.append(phase, records)
-        if new:
-            self._news.set()
-        return new
+    def wake(self) -> None:
+        """There is news in the histories."""
+        self._news.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Deliver the rest and end; false where that takes longer. What is left is for `replay`."""
+        """Deliver the rest and end; false where that takes longer, or no run is open. What is left is for `replay`."""
         self._closing.set()
         self._news.set()
-        if self._thread.ident is None:
-            self._thread.start()
         self._thread.join(timeout_s)
         self._abandoned.set()
         return self._drained
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         failures = 0
         while not self._abandoned.is_set():
             self._news.wait()
             self._news.clear()
             closing = self._closing.is_set()  # before delivering: what was added before `close` must be sent by then
             try:
-                self._delivery.deliver(self._abandoned.is_set)
+                is_open = self._deliver()
             except Exception as error:  # any error of any store: training must not notice
                 failures = min(failures + 1, 10)
-                self._say_outage(error)
+                self._note_failure(error)
                 self._news.set()
                 self._pause(min(2.0**failures, _LONGEST_PAUSE_S))
                 continue
             failures = 0
-            self._say_recovery()
             if closing:
-                self._drained = not self._abandoned.is_set()
+                self._drained = is_open and not self._abandoned.is_set()
                 break
-            self._watch_system()
+            if not is_open:
+                self._news.set()
             self._pause(_GATHER_S)
-        if self._system is not None:
-            self._system.stop()
+
+    def _deliver(self) -> bool:
+        """Send what there is; false while there is no run to send it to."""
+        run = opened_run(self._record)
+        if run is None:
+            return False
+        if run != self._run:
+            self._run, self._deliveries = run, [queue.delivery(*run) for queue in self._queues]
+        for delivery in self._deliveries:
+            delivery.deliver(self._abandoned.is_set)
+        self._say_recovery()
+        return True
 
     def _pause(self, seconds: float) -> None:
         if self._closing.is_set():
@@ -214,25 +261,16 @@ class RunTracker:
         else:
             self._closing.wait(seconds)
 
-    def _watch_system(self) -> None:
-        """Start the monitor of the machine, and again where an outage ended it."""
-        alive = self._system is not None and self._system.alive
-        recently = time.monotonic() - self._system_started_s < _SYSTEM_RESTART_S
-        if not self._system_metrics or alive or recently or self._delivery.sink is None:
-            return
-        self._system_started_s = time.monotonic()
-        try:
-            self._system = self._delivery.sink.watch_system()
-        except Exception as error:
-            log.warning("system metrics are not logged: %s", error)
-
-    def _say_outage(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception) -> None:
+        uri, run_id = self._run or ("", "")
+        if isinstance(error, RunGoneError):
+            _note_lost(self._record, run_id)
         if self._outage_since_s is None:
             self._outage_since_s = time.monotonic()
             reason = redact_text(next(iter(str(error).splitlines()), ""))
             log.warning(
                 "MLflow at %s takes no metrics (%s: %s); they are kept in %s and delivered later",
-                redact_text(self._uri), type(error).__name__, reason, self._delivery.path,
+                redact_text(uri), type(error).__name__, reason, self._queues[0].phases[0].path.parent,
             )  # fmt: skip
 
     def _say_recovery(self) -> None:
@@ -241,25 +279,36 @@ class RunTracker:
             self._outage_since_s = None
 
 
+# ------------------------------------------------------------------------------------------------------ after the end
+
+
 def replay(
     uri: str,
     run_id: str,
     phases: Sequence[PhaseHistory],
+    system: Path | None = None,
     timeout_s: float = 30.0,
     open_sink: OpenSink = RunMetrics,
 ) -> bool:
-    """Send what the run lacks of histories that nobody writes any more; true when it has everything.
+    """Send what the run lacks of histories, and of a spool of system metrics, that nobody writes any more; true when it
+    has everything.
 
     For the driver, after the training: the process that tracked it may have died with the last steps undelivered.
+    Raises RunGoneError where the store does not have the run: another one, newly opened, is to be given everything.
     """
-    delivery = Delivery(phases, lambda phase: [], lambda: open_sink(uri, run_id))
+    queues = [Queue(tuple(phases), open_sink), *([system_queue(system)] if system is not None else [])]
+    deliveries = [queue.delivery(uri, run_id) for queue in queues]
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            delivery.deliver(lambda: time.monotonic() >= deadline_s)
+            for delivery in deliveries:
+                delivery.deliver(lambda: time.monotonic() >= deadline_s)
             return time.monotonic() < deadline_s
+        except RunGoneError:
+            raise
         except Exception as error:
             if time.monotonic() >= deadline_s:
-                log.warning("MLflow did not take the rest of %s: %s", delivery.path, redact_text(str(error)))
+                places = ", ".join(str(delivery.path) for delivery in deliveries)
+                log.warning("MLflow did not take the rest of %s: %s", places, redact_text(str(error)))
                 return False
         time.sleep(_CLOSING_PAUSE_S)

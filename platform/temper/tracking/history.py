@@ -152,7 +152,7 @@ class HistoryTail:
             file.seek(self._offset)
             while (limit is None or len(records) < limit) and (line := file.readline()).endswith(b"\n"):
                 self._offset += len(line)
-                record = _parse(line)
+                record = parse_record(line)
                 if record is None:
                     log.warning("%s holds a damaged line before byte %d; it is skipped", self.path, self._offset)
                 elif record["step"] > self.last_step:
@@ -179,7 +179,7 @@ def _line(record: Record) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Record | None:
+def parse_record(line: bytes) -> Record | None:
     """The record in one line; None if the line is damaged. No strict prefix of a JSON object is one."""
     try:
         record = json.loads(line)
@@ -227,7 +227,7 @@ def _repair(path: Path) -> int:
 
 def _last_record(content: mmap.mmap | bytes) -> tuple[int, int]:
     """(offset of its end, step) of the last complete record; zeros where there is none."""
-    complete_lines = ((end, r["step"]) for line, end in _lines_backwards(content) if (r := _parse(line)))
+    complete_lines = ((end, r["step"]) for line, end in _lines_backwards(content) if (r := parse_record(line)))
     return next(complete_lines, (0, 0))
 
 

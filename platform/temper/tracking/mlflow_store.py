@@ -11,22 +11,28 @@ import getpass
 import json
 import logging
 import os
-import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-import temper
 from temper.config.schema import JobConfig
 from temper.errors import RunError
 from temper.files import read_json
+from temper.tracking.description import (
+    TAG_LENGTH,
+    dataset_input,
+    metric_name,
+    parameters,
+    redact_yaml,
+    run_files,
+    run_tags,
+    safe_params,
+    safe_tags,
+)
 from temper.tracking.history import Record
-from temper.tracking.provenance import GitState, environment_text, git_state
-from temper.tracking.redact import redact_text, redact_values
+from temper.tracking.redact import redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,12 +50,8 @@ PROGRESS_METRIC = "train/loss"
 LAST_NON_FINITE = "temper.last_non_finite"
 """The tag with the newest event of the run: where, and at which step, a value was not finite."""
 
-BATCH_METRICS = 1000  # MLflow's limits on one request, and on the length of names and values
+BATCH_METRICS = 1000  # MLflow's limits on one request
 _BATCH_PARAMS = 100
-_KEY_LENGTH = 250
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 5000
-_SYSTEM_INTERVAL_S = 5.0
 
 # Unless the user has set them. By default an unreachable server blocks a call for minutes; MLflow's asynchronous
 # logging loses points; its usage reports have no place in a training job.
@@ -57,6 +59,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # which lets a server put a call to sleep for an hour
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -65,6 +68,10 @@ _ENVIRONMENT = {
 
 class RefusedError(Exception):
     """The store is up and will never take these metrics as they are."""
+
+
+class RunGoneError(Exception):
+    """The store is up and does not have the run, or not any more."""
 
 
 # ------------------------------------------------------------------------------------------------------- where
@@ -148,9 +155,11 @@ def open_run(
     created: Callable[[str], None] = lambda run_id: None,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
+    params: Mapping[str, str] | None = None,
 ) -> str:
     """Create the run of `plan`, or go on with run `run_id`; return the run's id. A new one has the job's name unless
-    another is given, and the `tags`; `created` is called with its id before anything else is logged.
+    another is given, the `tags`, of which `temper.kind` is `run` unless they say otherwise, and the `params` beside
+    those of the job; `created` is called with its id before anything else is logged.
 
     Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
     that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
@@ -163,7 +172,7 @@ def open_run(
             run = _create_run(client, uri, plan, name or plan.job.name, tags or {})
             created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
-        _log_description(client, run, plan, job_yaml=job_yaml, command=command)
+        _log_description(client, run, plan, job_yaml=job_yaml, command=command, params=params or {})
     except Exception as error:  # which one depends on the store: MlflowException, sqlalchemy's, requests', OSError
         remedy = "start the server or set tracking.uri"
         if "schema" in str(error) and "upgrade" in str(error):
@@ -177,7 +186,7 @@ def log_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     try:
-        build_client(uri).log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+        build_client(uri).log_batch(run_id, tags=[RunTag(*tag) for tag in safe_tags(tags).items()], synchronous=True)
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} does not take tags: {first_line(error)}") from error
 
@@ -191,7 +200,6 @@ def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdi
         client = build_client(uri)
         client.log_text(run_id, json.dumps(certificate, indent=2) + "\n", "verify.json")
         client.set_tag(run_id, "temper.verify", verdict)
-        client.set_tag(run_id, "mlflow.runName", f"{certificate['job']} verify")
     except Exception as error:  # as in open_run
         what = f"tracking.uri: {redact_text(uri)} does not take the certificate"
         raise RunError(f"{what}: {first_line(error)}") from error
@@ -210,10 +218,12 @@ def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
 
 def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0) -> bool:
     """Give the run its terminal status; false, with a line in the log, where the store does not take it in time."""
-    return _persist(lambda: build_client(uri).set_terminated(run_id, status), f"status {status}", timeout_s)
+    return persist(lambda: build_client(uri).set_terminated(run_id, status), f"status {status}", timeout_s)
 
 
-def _persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
+def persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
+    """Has the store take something, and tries again for a while where it does not; false, with a line in the log, where
+    it took it at no time."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -226,34 +236,66 @@ def _persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
         time.sleep(0.5)
 
 
-def _find_run(client: MlflowClient, run_id: str) -> Run | None:
-    from mlflow.exceptions import MlflowException
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that is RUNNING, and the folder in its storage that it says is its."""
 
+    run_id: str
+    name: str
+    run_folder: str
+
+
+def find_open_runs(uri: str, storage: str) -> list[OpenRun]:
+    """The runs in a store that are RUNNING and belong to the storage of this name. Raises RunError where the store
+    cannot be asked."""
+    condition = f"attributes.status = 'RUNNING' and tags.`temper.storage` = '{storage}'"
     try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        log.warning("run %s is not in this store any more; a new one takes its place", run_id)
-        return None
-    if run.info.lifecycle_stage == "deleted":
-        log.warning("run %s was deleted; a new one takes its place", run_id)
-        return None
-    return run
+        client = build_client(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found, token = [], None
+        while experiments:
+            page = client.search_runs(experiments, condition, max_results=1000, page_token=token)
+            found += [
+                OpenRun(run.info.run_id, run.info.run_name, run.data.tags.get("temper.run_folder", "")) for run in page
+            ]
+            token = page.token
+            if not token:
+                break
+        return found
+    except Exception as error:  # as in open_run
+        raise RunError(f"tracking.uri: {redact_text(uri)} cannot be asked: {first_line(error)}") from error
 
 
-def open_sweep(
-    uri: str, job: JobConfig, *, run_id: str | None, name: str, tags: Mapping[str, str], texts: Mapping[str, str]
+def _find_run(client: MlflowClient, run_id: str) -> Run | None:
+    try:
+        return fetch_run(client, run_id)
+    except RunGoneError as error:
+        log.warning("%s; a new one takes its place", error)
+        return None
+
+
+def open_parent(
+    uri: str,
+    job: JobConfig,
+    *,
+    run_id: str | None,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, str],
+    texts: Mapping[str, str],
 ) -> str:
     """Create the parent run of a sweep over `job`, or go on with run `run_id`; return the run's id. `texts` are its
-    artifacts. Raises RunError as :func:`open_run`."""
+    artifacts, by their paths. Raises RunError as :func:`open_run`."""
+    from mlflow.entities import Param
+
     try:
         client = build_client(uri)
         run = _find_run(client, run_id) if run_id else None
         if run is None:
             experiment_id = _experiment_id(client, job.tracking.experiment, _artifact_root(uri, job))
-            known = {"mlflow.user": _user(), "mlflow.source.name": "temper", "mlflow.source.type": "LOCAL"}
-            run = client.create_run(experiment_id, tags={**known, **tags}, run_name=name)
+            run = client.create_run(experiment_id, tags={"mlflow.user": _user(), **safe_tags(tags)}, run_name=name)
+            new = [Param(key, value) for key, value in safe_params(params).items()]
+            client.log_batch(run.info.run_id, params=new[:_BATCH_PARAMS], synchronous=True)
             for path, text in texts.items():
                 client.log_text(run.info.run_id, redact_yaml(text) if path.endswith(".yaml") else text, path)
         client.update_run(run.info.run_id, status="RUNNING")
@@ -262,25 +304,42 @@ def open_sweep(
     return str(run.info.run_id)
 
 
-def log_results(uri: str, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-    """Sets final metrics and tags of a run. Raises RunError where the store does not take them."""
+def log_final(client: MlflowClient, run: Run, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    """Sets what a run came to; a value that the run has already is not logged again. Raises what the store raises."""
     from mlflow.entities import Metric, RunTag
 
-    now = int(time.time() * 1000)
+    now, known = int(time.time() * 1000), run.data.metrics
+    named = {metric_name(name): float(value) for name, value in metrics.items()}
+    new = [Metric(name, value, now, 0) for name, value in named.items() if known.get(name) != value]
+    entries = [RunTag(key, value) for key, value in safe_tags(tags).items()]
+    client.log_batch(run.info.run_id, metrics=new, tags=entries, synchronous=True)
+
+
+def log_outcome(
+    uri: str,
+    run_id: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    texts: Mapping[str, str],
+    note: Callable[[str], str],
+) -> None:
+    """Sets what a sweep came to; `texts` are artifacts by their paths, and `note`, called with the experiment's id, is
+    the run's description. Raises RunError where the store does not take it."""
     try:
-        build_client(uri).log_batch(
-            run_id,
-            metrics=[Metric(metric_name(name), float(value), now, 0) for name, value in metrics.items()],
-            tags=[RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()],
-            synchronous=True,
-        )
+        client = build_client(uri)
+        run = client.get_run(run_id)
+        log_final(client, run, metrics, {**tags, "mlflow.note.content": note(run.info.experiment_id)})
+        for path, text in texts.items():
+            client.log_text(run_id, text, path)
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} does not take results: {first_line(error)}") from error
 
 
 def _create_run(client: MlflowClient, uri: str, plan: Plan, name: str, tags: Mapping[str, str]) -> Run:
     experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
-    return client.create_run(experiment_id, tags={"mlflow.user": _user(), **tags}, run_name=name)
+    return client.create_run(
+        experiment_id, tags={"mlflow.user": _user(), "temper.kind": "run", **safe_tags(tags)}, run_name=name
+    )
 
 
 def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -> str:
@@ -323,142 +382,110 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------- what describes a run
 
 
-def _log_description(client: MlflowClient, run: Run, plan: Plan, *, job_yaml: str, command: str) -> None:
+def _log_description(
+    client: MlflowClient, run: Run, plan: Plan, *, job_yaml: str, command: str, params: Mapping[str, str]
+) -> None:
     from mlflow.entities import Param, RunTag
 
-    git = git_state(Path.cwd())
+    run_id = run.info.run_id
     # Parameters are immutable in MLflow: what the run has is left alone, also where a resumed job says it differently.
-    params = [Param(key, value) for key, value in parameters(plan).items() if key not in run.data.params]
-    for begin in range(0, len(params), _BATCH_PARAMS):
-        client.log_batch(run.info.run_id, params=params[begin : begin + _BATCH_PARAMS], synchronous=True)
-    tags = {key: value for key, value in _tags(plan, git, command).items() if key not in run.data.tags}
-    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
-    present = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    for name, text in _artifacts(plan, git, job_yaml).items():
+    known = run.data.params
+    new = [Param(key, value) for key, value in {**parameters(plan), **safe_params(params)}.items() if key not in known]
+    for begin in range(0, len(new), _BATCH_PARAMS):
+        client.log_batch(run_id, params=new[begin : begin + _BATCH_PARAMS], synchronous=True)
+    tags = {key: value for key, value in run_tags(plan, command).items() if key not in run.data.tags}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
+    if not run.inputs.dataset_inputs:
+        client.log_inputs(run_id, [dataset_input(plan)])
+    present = {artifact.path for artifact in client.list_artifacts(run_id)}
+    for name, text in run_files(plan, job_yaml).items():
         if name not in present:
-            client.log_text(run.info.run_id, text, name)
-
-
-def parameters(plan: Plan) -> dict[str, str]:
-    """The job flattened to dotted keys, as in an override, and what the plan derived from it under `plan.`.
-
-    Values are written as in YAML; lists stay whole. Within MLflow's limits on length, and without secrets.
-    """
-    batch = plan.batch
-    derived = {"steps": plan.steps, "micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
-    values = redact_values({**plan.job.model_dump(mode="json"), "plan": derived})
-    return {metric_name(key): _value_text(value)[:_PARAM_LENGTH] for key, value in _flatten(values)}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _value_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _tags(plan: Plan, git: GitState | None, command: str) -> dict[str, str]:
-    tags = {
-        "mlflow.source.name": "temper",
-        "mlflow.source.type": "LOCAL",
-        "temper.fingerprint": plan.fingerprint,
-        "temper.command": redact_text(command)[:_TAG_LENGTH],
-        "temper.version": temper.__version__,
-    }
-    if git is not None:
-        tags["mlflow.source.git.commit"] = git.commit
-        tags["mlflow.source.git.branch"] = git.branch
-        tags["temper.git.dirty"] = str(git.dirty).lower()
-    return tags
-
-
-def _artifacts(plan: Plan, git: GitState | None, job_yaml: str) -> dict[str, str]:
-    artifacts = {
-        "job.yaml": redact_yaml(job_yaml),
-        "plan.json": json.dumps(redact_values(plan.to_dict()), indent=2) + "\n",
-        "environment.txt": environment_text(),
-    }
-    if git is not None:
-        artifacts["git.json"] = json.dumps(git.to_dict(), indent=2) + "\n"
-    if git is not None and git.diff:
-        artifacts["git.diff"] = redact_text(git.diff)
-    return artifacts
-
-
-def redact_yaml(text: str) -> str:
-    """The file as it was written where that is safe; otherwise, as for a secret over several lines, written anew."""
-    values = yaml.safe_load(text)
-    redacted = redact_values(values)
-    return redact_text(text if redacted == values else yaml.safe_dump(redacted, sort_keys=False))
+            client.log_text(run_id, text, name)
 
 
 # ------------------------------------------------------------------------------------------------- metrics of a run
 
 
-class RunMetrics:
-    """The metrics of one run. Not thread-safe. Every method raises whatever the store raises."""
+def fetch_run(client: MlflowClient, run_id: str) -> Run:
+    """The run as the store has it.
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    Raises RunGoneError where the store says that it does not have the run, or that the run was deleted; ConnectionError
+    where the answer is not about the run; and whatever else the store raises.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        # A proxy's "404 Not Found" has another code: only the store itself says this.
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise RunGoneError(f"run {run_id} is not in this store") from error
+        raise
+    if run.info.run_id != run_id:
+        # MLflow's client takes an empty answer for an empty run.
+        raise ConnectionError(f"the answer to a question about run {run_id} is not about it")
+    if run.info.lifecycle_stage == "deleted":
+        raise RunGoneError(f"run {run_id} was deleted")
+    return run
+
+
+def is_progress(name: str) -> bool:
+    """See PROGRESS_METRIC."""
+    return name == PROGRESS_METRIC
+
+
+def is_system_progress(name: str) -> bool:
+    """As PROGRESS_METRIC, for samples of nodes: see :mod:`system_metrics`."""
+    return name.startswith("system/") and name.endswith("/cpu_utilization_percentage")
+
+
+class RunMetrics:
+    """The metrics of one run that come as records, each with a metric that `progress` picks. Not thread-safe.
+
+    Every method raises RunGoneError where the store does not have the run, and whatever else the store raises.
+    """
+
+    def __init__(self, uri: str, run_id: str, progress: Callable[[str], bool] = is_progress) -> None:
         self._client = build_client(uri)
-        self._uri = uri
         self._run_id = run_id
+        self._progress = progress
 
     def last_step(self) -> int:
         """The last step of which the store has the whole record; 0 for none."""
-        metrics = _latest(self._client.get_run(self._run_id))
-        return max((metric.step for metric in metrics if metric.key == PROGRESS_METRIC), default=0)
+        metrics = _latest(fetch_run(self._client, self._run_id))
+        return max((metric.step for metric in metrics if self._progress(metric.key)), default=0)
 
     def send(self, records: Sequence[Record]) -> None:
-        """Log whole records, in one request where they have at most 1,000 metrics. Raises RefusedError where the store
-        is well and will not take them; after any other error, only :meth:`last_step` knows what arrived."""
+        """Log whole records, in one request where they have at most 1,000 metrics, and make sure that they are there.
+
+        MLflow's client takes an empty answer, as of a proxy, for success. Raises RefusedError where the store is well
+        and will not take them; after any other error, only :meth:`last_step` knows what arrived.
+        """
         from mlflow.exceptions import MlflowException
 
-        metrics = [metric for record in records for metric in _entities(record)]
+        metrics = [metric for record in records for metric in self._entities(record)]
         try:
             for begin in range(0, len(metrics), BATCH_METRICS):
                 part, tags = metrics[begin : begin + BATCH_METRICS], _tags_of(records) if begin == 0 else []
                 self._client.log_batch(self._run_id, metrics=part, tags=tags, synchronous=True)
         except MlflowException as error:
-            if error.error_code == "INVALID_PARAMETER_VALUE" and self._run_is_active():
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                fetch_run(self._client, self._run_id)  # writing to a deleted run fails with this code, too
                 raise RefusedError(first_line(error)) from error
             raise
+        stored = {metric.key: metric.step for metric in _latest(fetch_run(self._client, self._run_id))}
+        lost = [metric for metric in metrics if stored.get(metric.key, 0) < metric.step]
+        if lost:
+            raise ConnectionError(f"step {lost[0].step} was taken and is not there: {lost[0].key}")
 
-    def _run_is_active(self) -> bool:
-        # Writing to a run that somebody deleted fails with the same code as a bad value, but may be undone.
-        return self._client.get_run(self._run_id).info.lifecycle_stage == "active"
+    def _entities(self, record: Record) -> list[Metric]:
+        """The record's metrics with the progress metric last, so that it arrives only if all of them do."""
+        from mlflow.entities import Metric
 
-    def watch_system(self) -> SystemMetrics:
-        """Start logging the use of CPU, memory, disk, network and GPUs of this machine to the run."""
-        return SystemMetrics(self._uri, self._run_id)
-
-
-class SystemMetrics:
-    """MLflow's monitor of the machine; ends by itself when the store fails or the run is closed."""
-
-    def __init__(self, uri: str, run_id: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=_SYSTEM_INTERVAL_S, resume_logging=True, tracking_uri=uri
-        )
-        self._monitor.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still logs."""
-        thread = self._monitor._process
-        return thread is not None and thread.is_alive()
-
-    def stop(self, timeout_s: float = 2.0) -> None:
-        """End it; waits at most `timeout_s`, because its last request may hang on a dead server."""
-        stopping = threading.Thread(target=self._monitor.finish, daemon=True)
-        stopping.start()
-        stopping.join(timeout_s)
+        values, time_ms, step = record["metrics"], record["time_ms"], record["step"]
+        return [
+            Metric(metric_name(name), float(values[name]), time_ms, step) for name in sorted(values, key=self._progress)
+        ]
 
 
 def _latest(run: Run) -> list[Metric]:
@@ -466,25 +493,9 @@ def _latest(run: Run) -> list[Metric]:
     return list(run.data._metric_objs)
 
 
-def _entities(record: Record) -> list[Metric]:
-    """The record's metrics with the progress metric last, so that it arrives only if all of them do."""
-    from mlflow.entities import Metric
-
-    names = sorted(record["metrics"], key=lambda name: name == PROGRESS_METRIC)
-    return [
-        Metric(metric_name(name), float(record["metrics"][name]), record["time_ms"], record["step"]) for name in names
-    ]
-
-
 def _tags_of(records: Sequence[Record]) -> list[RunTag]:
     """The newest event, as a tag; nothing where no record has one."""
     from mlflow.entities import RunTag
 
     newest = [f"step {record['step']}: {event}" for record in records for event in record.get("events", [])][-1:]
-    return [RunTag(LAST_NON_FINITE, redact_text(text)[:_TAG_LENGTH]) for text in newest]
-
-
-def metric_name(name: str) -> str:
-    """`name` with what MLflow does not allow in names of metrics and parameters replaced, at most 250 characters."""
-    parts = [part for part in re.sub(r"[^\w\-./ :]", "_", name).split("/") if part.strip(".")]
-    return "/".join(parts)[:_KEY_LENGTH].rstrip("/") or "_"
+    return [RunTag(LAST_NON_FINITE, redact_text(text)[:TAG_LENGTH]) for text in newest]

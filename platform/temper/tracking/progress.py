@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
+from temper.plan.metric_names import without_classes
 from temper.tracking.history import Record
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Progress:
 
 def follow(progress: Progress, record: Record) -> Progress:
     """The progress after one more record; what the record does not mention stays as it was."""
-    metrics = record["metrics"]
+    metrics = without_classes(record["metrics"])
     evaluation = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
     step_s = metrics.get("time/step_s", progress.step_s)
     if step_s is not None and progress.step_s is not None:

@@ -1,8 +1,12 @@
-"""Secrets out of everything that is logged: passwords in addresses, values of keys that name a secret."""
+"""Secrets out of everything that is logged: passwords in addresses, values of keys that name a secret, and, wherever
+they stand, the secrets of this process's environment."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 HIDDEN = "***"
@@ -13,10 +17,16 @@ _SECRET_NAME = (
 )
 _SECRET_KEY = re.compile(_SECRET_NAME, re.IGNORECASE)
 _PASSWORD_IN_URI = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"]*):(?P<secret>[^\s/'\"]+)@")
+# A token instead of a name and a password; only of addresses in which a name alone would make no sense.
+_TOKEN_IN_URI = re.compile(r"(?P<before>https?://)(?P<secret>[^\s/:@'\"]+)@")
 _ASSIGNMENT = re.compile(
     rf"(?P<before>(?<![\w.\-]){_SECRET_NAME}['\"]?\s*[=:]\s*)(?P<secret>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;&}}\]'\"]+)",
     re.IGNORECASE,
 )
+
+
+_SHORTEST = 6
+"""Characters of a secret in the environment that is looked for everywhere: a shorter one is part of other words."""
 
 
 def is_secret(key: str) -> bool:
@@ -25,9 +35,34 @@ def is_secret(key: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """The text with `***` for passwords in `scheme://user:password@host` and for values in `password: …`, `token=…`."""
+    """The text with `***` for passwords in `scheme://user:password@host`, for values in `password: …` and `token=…`,
+    and for whatever is a secret in the environment."""
+    for secret in _secrets_of(tuple(_in_environment())):
+        text = text.replace(secret, HIDDEN)
     text = _PASSWORD_IN_URI.sub(rf"\g<before>:{HIDDEN}@", text)
+    text = _TOKEN_IN_URI.sub(rf"\g<before>{HIDDEN}@", text)
     return _ASSIGNMENT.sub(rf"\g<before>{HIDDEN}", text)
+
+
+def _in_environment() -> Iterator[tuple[str, str]]:
+    """Variables that name a secret, or that may hold an address with one."""
+    for name, value in os.environ.items():
+        if "://" in value or _is_named_secret(name):
+            yield name, value
+
+
+@cache
+def _is_named_secret(name: str) -> bool:
+    return is_secret(name)
+
+
+@cache
+def _secrets_of(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """The secrets in these variables, the longest first, as one may be part of another."""
+    named = {value.strip() for name, value in variables if _is_named_secret(name)}
+    addressed = {match["secret"] for _, value in variables for match in _PASSWORD_IN_URI.finditer(value)}
+    found = {secret for secret in named | addressed if len(secret) >= _SHORTEST and not os.path.exists(secret)}
+    return tuple(sorted(found, key=lambda secret: (-len(secret), secret)))
 
 
 def redact_values(value: Any, key: str = "") -> Any:

@@ -1,56 +1,127 @@
 """MLflow's model registry: an export goes there as a version of a registered model, and comes back as a teacher.
 
-As in :mod:`mlflow_store`, mlflow is imported only inside functions. What is asked for and not there is None; a store
-that cannot be reached or does not take something is a RunError.
+An export is a logged model of the run that trained it, which MLflow shows with the run, and a version is of that. As in
+:mod:`mlflow_store`, mlflow is imported only inside functions. What is asked for and not there is None; a store that
+cannot be reached or does not take something is a RunError.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from temper.errors import JobError, Problem, RunError
+from temper.tracking.description import metric_name
 from temper.tracking.mlflow_store import build_client, first_line
 from temper.tracking.redact import redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 Answer = TypeVar("Answer")
 
-EXPORT = "export"
-"""The folder of a run's artifacts that its exports are in: `export/<phase>/<checkpoint>/<number>/`. A number, counted
-from 1, is never written again: a version of a registered model is its files."""
+PHASE = "temper.phase"
+"""The tag of a version, and of its logged model, that names the phase whose product it is."""
 
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that no version has
+_VERSIONS = "mlflow.modelVersions"  # by this tag of a logged model MLflow's pages lead to its versions
 
 
-def register_export(
-    uri: str, run_id: str, files: Mapping[str, Path], texts: Mapping[str, str], path: str, name: str, alias: str | None
-) -> str:
-    """Logs `files` and `texts`, by their names, as the run's artifacts `export/<path>/<number>/`, makes them a version
-    of the registered model `name`, which is created where there is none, and gives it the alias. `path` is
-    `<phase>/<checkpoint>`, and the number a new one. Returns the version."""
+@dataclass(frozen=True)
+class Export:
+    """What becomes a version of the registered model `name`: the files in `folder`, the product of run `run_id`.
+
+    `title` is what MLflow calls the logged model. `metrics` are names of the run's metrics that are told of it, too.
+    """
+
+    name: str
+    run_id: str
+    folder: Path
+    title: str
+    tags: Mapping[str, str]
+    description: str
+    metrics: tuple[str, ...]
+
+
+def register_export(uri: str, export: Export) -> str:
+    """Makes a logged model of the export, and a version of that; returns the version. The registered model is created
+    where there is none."""
 
     def register(client: MlflowClient) -> str:
-        _create_model(client, name)
-        place = f"{EXPORT}/{path}/{max(_numbers(client, run_id, f'{EXPORT}/{path}'), default=0) + 1}"
-        with tempfile.TemporaryDirectory() as folder:
-            for file_name, file in files.items():
-                (Path(folder) / file_name).symlink_to(file.absolute())
-            for file_name, text in texts.items():
-                (Path(folder) / file_name).write_text(text)
-            client.log_artifacts(run_id, folder, place)
-        source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
-        version = str(client.create_model_version(name, source, run_id).version)
-        if alias is not None:
-            client.set_registered_model_alias(name, alias, version)
+        _create_model(client, export.name)
+        experiment_id = client.get_run(export.run_id).info.experiment_id
+        with _new_logged_model(client, experiment_id, export) as logged:
+            _name_flavor(export, logged)
+            client.log_model_artifacts(logged.model_id, str(export.folder))
+        _link_run(client, export, logged)
+        version = str(
+            client.create_model_version(
+                export.name,
+                logged.artifact_location,  # MLflow looks `models:/<model id>` up in the store of the environment
+                export.run_id,
+                tags=dict(export.tags),
+                description=f"{export.description}\n\n{_link(experiment_id, export.run_id)}",
+                model_id=logged.model_id,
+            ).version
+        )
+        client.set_logged_model_tags(
+            logged.model_id, {_VERSIONS: json.dumps([{"name": export.name, "version": version}])}
+        )
         return version
 
     return _told(uri, register)
+
+
+@contextlib.contextmanager
+def _new_logged_model(client: MlflowClient, experiment_id: str, export: Export) -> Iterator[LoggedModel]:
+    """A logged model whose files are to be logged; it is ready when they are."""
+    title = re.sub(r"[/:.%\"']", "-", export.title)  # what MLflow takes in no name of a logged model
+    logged = client.create_logged_model(experiment_id, title, export.run_id, tags=dict(export.tags))
+    try:
+        yield logged
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is told
+            client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _link(experiment_id: str, run_id: str) -> str:
+    """Leads, in MLflow's pages, to the run."""
+    return f"[The run that trained it](#/experiments/{experiment_id}/runs/{run_id})"
+
+
+def _name_flavor(export: Export, logged: LoggedModel) -> None:
+    """Says in the MLflow model, if the export is one, which run's and which logged model it is."""
+    from mlflow.models import Model
+
+    file = export.folder / "MLmodel"
+    if file.is_file():
+        model = Model.load(str(file))
+        model.run_id, model.model_id, model.artifact_path = export.run_id, logged.model_id, logged.artifact_location
+        model.save(str(file))
+
+
+def _link_run(client: MlflowClient, export: Export, logged: LoggedModel) -> None:
+    """Shows the model among the run's outputs, and with the last points of its metrics. Points that the run has are
+    sent again with the model's id, as MLflow does it itself: the run does not have them twice."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    names = {metric_name(name) for name in export.metrics}
+    latest = [metric for metric in client.get_run(export.run_id).data._metric_objs if metric.key in names]
+    points = [
+        Metric(last.key, last.value, last.timestamp, last.step, model_id=logged.model_id, run_id=export.run_id)
+        for last in latest
+    ]
+    step = max((point.step for point in points), default=0)
+    client.log_outputs(export.run_id, [LoggedModelOutput(logged.model_id, step)])
+    client.log_batch(export.run_id, metrics=points, synchronous=True)
 
 
 def check_name(name: str, alias: str | None) -> None:
@@ -66,11 +137,6 @@ def check_name(name: str, alias: str | None) -> None:
         raise JobError(problems)
 
 
-def _numbers(client: MlflowClient, run_id: str, folder: str) -> list[int]:
-    """Of the exports of a checkpoint in the artifacts' folder `export/<phase>/<checkpoint>`."""
-    return [int(Path(item.path).name) for item in client.list_artifacts(run_id, folder) if item.is_dir]
-
-
 def _create_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -79,6 +145,30 @@ def _create_model(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def find_version(uri: str, name: str, run_id: str, tags: Mapping[str, str]) -> str | None:
+    """The newest version of the registered model `name` that is of this run and has these tags."""
+
+    def find(client: MlflowClient) -> str | None:
+        versions = [
+            int(version.version)
+            for version in client.search_model_versions(f"run_id = '{run_id}'")
+            if version.name == name and tags.items() <= version.tags.items()
+        ]
+        return str(max(versions)) if versions else None
+
+    return _asked(uri, find)
+
+
+def version_tags(uri: str, name: str, version: str) -> dict[str, str] | None:
+    """The tags of a version of a registered model."""
+    return _asked(uri, lambda client: dict(client.get_model_version(name, version).tags))
+
+
+def set_alias(uri: str, name: str, alias: str, version: str) -> None:
+    """Gives the alias to the version, whichever had it before."""
+    _told(uri, lambda client: client.set_registered_model_alias(name, alias, version))
 
 
 def resolve_alias(uri: str, name: str, alias: str) -> str | None:
@@ -107,11 +197,17 @@ def download_run_export(uri: str, run_id: str, phase: str, to: Path) -> Path | N
     """Copies the newest export of the run's phase into the folder `to`; the folder there that has it."""
 
     def download(client: MlflowClient) -> Path | None:
-        checkpoints = [item.path for item in client.list_artifacts(run_id, f"{EXPORT}/{phase}") if item.is_dir]
-        if not checkpoints:
+        from mlflow.artifacts import download_artifacts
+
+        models = client.search_logged_models(
+            [client.get_run(run_id).info.experiment_id],
+            filter_string=f"source_run_id = '{run_id}' AND tags.`{PHASE}` = '{phase}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+        )
+        ready = [model.artifact_location for model in models if str(model.status) == "READY"]
+        if not ready:
             return None
-        newest = max(_numbers(client, run_id, max(checkpoints)))
-        return Path(client.download_artifacts(run_id, f"{max(checkpoints)}/{newest}", str(to)))
+        return Path(download_artifacts(artifact_uri=ready[0], dst_path=str(to), tracking_uri=uri))
 
     return _asked(uri, download)
 

@@ -22,6 +22,7 @@ from temper.launch.phases.inventory import (
 )
 from temper.launch.phases.units import count, show_age
 from temper.locks import is_held
+from temper.plan.metric_names import without_classes
 from temper.plan.show import show_size
 from temper.storage import Stored, remote_of
 from temper.techniques.distill.cache_files import MANIFEST as CACHE_MANIFEST
@@ -182,7 +183,7 @@ def phase_text(shown: Mapping[str, Any]) -> str:
         **({} if shown["computed_s"] is None else {"computed": _moment(shown["computed_s"])}),
         "ingredients": shown["ingredients"] or "not kept by the temper that computed it",
         "files": {name: show_size(size) for name, size in shown["files"].items()},
-        "metrics": shown["metrics"],
+        "metrics": without_classes(shown["metrics"]),
         "runs": shown["runs"],
         "phases": shown["phases"],
     }

@@ -13,16 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from temper.config.space import Params
 from temper.config.space_load import shown_params
 from temper.errors import JobError, RunError
-from temper.files import read_json, write_json
+from temper.files import read_json
 from temper.launch.forks import fork_params
 from temper.launch.phase_store import is_complete, keep_phase
+from temper.launch.reconcile import MLFLOW_STATUS, reconcile
 from temper.launch.sweep.ledger import LEDGER, Ledger, LedgerTrial, Result, find_trial, params_key
 from temper.launch.sweep.outcomes import phases_reused, refused_result, refused_view, trial_result, trial_view
+from temper.launch.sweep.parent import open_sweep
 from temper.launch.sweep.phase_runs import PhaseRunner, Watcher, truncated
 from temper.launch.sweep.pool import Cancelled, NoWorkersError, Pool, Records, ray_train
 from temper.launch.sweep.spec import SweepSpec
@@ -31,6 +34,7 @@ from temper.launch.sweep.tracking import SweepTracking
 from temper.launch.sweep.trial import Answer, Mailbox, Trial, TrialFailed, TrialStopped
 from temper.launch.sweep.watchers import RunWatcher, TrialWatcher
 from temper.launch.teacher_runs import is_trained, teachers_of
+from temper.launch.tracked_run import TrackedRun
 from temper.launch.train import prepare_folders
 from temper.locks import awaited
 from temper.plan.build import Plan
@@ -38,22 +42,15 @@ from temper.plan.phases import PhasePlan
 from temper.plan.room import GroupShape
 from temper.products import run_name
 from temper.remote_store import publish
-from temper.run_folder import PLAN, RUN, WorkerSpec
+from temper.run_folder import PLAN, SWEEP_RUN, SYSTEM, WorkerSpec
 from temper.storage import storage_folder
-from temper.tracking.mlflow_store import RunStatus, known_run, open_sweep
+from temper.tracking.delivery import system_queue
+from temper.tracking.description import value_text
+from temper.tracking.mlflow_store import RunStatus
 from temper.tracking.sweep_progress import SweepView
-
-SWEEP_RUN = "sweep.json"
-"""In the sweep's folder: its parent run in MLflow, and where that is."""
+from temper.tracking.system_metrics import Sample, SystemSpool
 
 _STOP_S = 300.0  # for all trials to save their state
-
-_MLFLOW_STATUS: dict[str, RunStatus] = {
-    "finished": "FINISHED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-    "diverged": "FAILED",
-}
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,24 @@ class Coordinator:
         # An actor has a folder of its own, and relative paths in a job are of where the command was typed.
         os.chdir(spec.working_folder)
         self._spec = spec
-        self._pool = Pool(ray_train(spec.folder / "ray", embedded=spec.embedded), self._has_room)
+        fit = ray_train(
+            spec.folder / "ray",
+            embedded=spec.embedded,
+            system_metrics=spec.job({}).tracking.system_metrics,
+            is_only_node=spec.cluster.nodes == 1,
+        )
+        self._pool = Pool(fit, self._has_room)
         self._runner = PhaseRunner(self._pool, self._watch_teacher, self._say)
         self._kept = ExitStack()
         # A coordinator outlives a driver that was killed by a moment.
         self._kept.enter_context(awaited(spec.folder / f"{LEDGER}.lock", lambda: None))
         self._ledger = Ledger(spec.folder / LEDGER)
-        self._tracking = SweepTracking(spec.uri, self._open_parent, spec.command)
+        self._samples = SystemSpool(spec.folder / SYSTEM)
+        self._tracking = SweepTracking(
+            partial(open_sweep, spec),
+            partial(reconcile, storage_folder(spec.storage)),
+            partial(system_queue(self._samples).delivery, spec.uri),
+        )
         self._lock = threading.RLock()
         self._trials: dict[str, Trial] = {}
         self._refused: dict[str, LedgerTrial] = {}
@@ -110,6 +118,9 @@ class Coordinator:
         known = self._pool.group(group)
         if known is not None:
             known.done(token, rank, number, outcome)
+
+    def note_sample(self, sample: Sample) -> None:
+        self._samples.add([sample])
 
     def give_up(self, group: int, reason: str) -> None:
         known = self._pool.group(group)
@@ -188,16 +199,15 @@ class Coordinator:
         if shared and self._spec.space.reuse:
             plan = self._shared_plan(first)
             self._deliver_late(
-                truncated(plan, plan.phases[shared - 1]), "shared", {"temper.kind": "shared"}, "FINISHED"
+                self._child(truncated(plan, plan.phases[shared - 1]), "shared", "shared"), "FINISHED", {}
             )
         for trial in self._trials.values():
-            status = _MLFLOW_STATUS[trial.status]
-            self._deliver_late(trial.plan, self._run_name(trial), self._tags(trial), status)
+            self._deliver_late(self._run_of(trial), MLFLOW_STATUS[trial.status], _end_tags(trial))
 
-    def _deliver_late(self, plan: Plan, name: str, tags: dict[str, str], status: RunStatus) -> None:
-        if not (read_json(plan.run_folder / RUN) or {}).get("delivered"):
-            self._tracking.begin(plan, name, tags)
-            self._tracking.end(plan, status, {})
+    def _deliver_late(self, run: TrackedRun, status: RunStatus, tags: dict[str, str]) -> None:
+        if not (read_json(run.record) or {}).get("delivered"):
+            self._tracking.begin(run)
+            self._tracking.end(run.plan, status, tags)
 
     def finish(self, *, is_over: bool) -> dict[str, Any]:
         """Lets the workers go and completes the tree in MLflow. `is_over`: Ray Tune has come to the end of its search.
@@ -218,7 +228,7 @@ class Coordinator:
                 # What a scheduler paused and never went on with, or what the time was up for.
                 self._end(trial, "stopped", "")
             else:
-                self._tracking.end(trial.plan, "KILLED", {})
+                self._tracking.end(trial.plan, "KILLED", {"temper.trial.status": "interrupted"})
         self._pool.close()
         missing = self._tracking.close()
         self._kept.close()
@@ -350,7 +360,7 @@ class Coordinator:
             if result["step"] > after_step or result is known.results[-1]:
                 mailbox.put(result, decisive=False)
         mailbox.end(trial.status, trial.reason)
-        self._deliver_late(trial.plan, self._run_name(trial), self._tags(trial), _MLFLOW_STATUS[trial.status])
+        self._deliver_late(self._run_of(trial), MLFLOW_STATUS[trial.status], _end_tags(trial))
 
     def _open_run(self, trial: Trial) -> None:
         if not self._spec.space.reuse:
@@ -358,7 +368,7 @@ class Coordinator:
         # Also of a trial that computes nothing itself.
         prepare_folders(WorkerSpec(trial.plan, (), self._spec.import_folders))
         if not trial.is_over:
-            self._tracking.begin(trial.plan, self._run_name(trial), self._tags(trial))
+            self._tracking.begin(self._run_of(trial))
 
     def _work(self, trial: Trial, mailbox: Mailbox, after_step: int) -> None:
         try:
@@ -422,8 +432,7 @@ class Coordinator:
         trial.end(status, reason)
         first = trial.time_to_first_step_s
         self._ledger.add(trial.id, end=status, reason=reason, seconds=trial.seconds, time_to_first_step_s=first)
-        tags = {"temper.trial.status": status, **({"temper.trial.reason": reason[:5000]} if reason else {})}
-        self._tracking.end(trial.plan, _MLFLOW_STATUS[status], tags)
+        self._tracking.end(trial.plan, MLFLOW_STATUS[status], _end_tags(trial))
         publish([self._spec.folder / LEDGER])  # so that another machine knows, too
 
     def note_computed(self, phase: PhasePlan, trial: Trial | None) -> None:
@@ -463,18 +472,18 @@ class Coordinator:
         return replace(self._spec.plan(first, "shared"), place=f"{self._spec.place}/shared")
 
     def _watch_shared(self, plan: Plan) -> AbstractContextManager[Watcher]:
-        return self._watch_run(plan, "shared", {"temper.kind": "shared"}, lambda: self._interrupted, is_counted=True)
+        return self._watch_run(self._child(plan, "shared", "shared"), lambda: self._interrupted, is_counted=True)
 
     def _watch_teacher(self, plan: Plan, student: Watcher) -> AbstractContextManager[Watcher]:
-        return self._watch_run(plan, f"teacher {plan.job.name}", {"temper.kind": "teacher"}, student.is_cancelled)
+        return self._watch_run(self._child(plan, f"teacher {plan.job.name}", "teacher"), student.is_cancelled)
 
     @contextmanager
     def _watch_run(
-        self, plan: Plan, name: str, tags: dict[str, str], cancelled: Callable[[], bool], *, is_counted: bool = False
+        self, run: TrackedRun, cancelled: Callable[[], bool], *, is_counted: bool = False
     ) -> Iterator[Watcher]:
         """A run beside the trials: tracked from when it begins to compute. `is_counted`: its phases are the trials'."""
         book = self if is_counted else None
-        watcher = RunWatcher(book, plan, lambda: self._tracking.begin(plan, name, tags), cancelled)
+        watcher = RunWatcher(book, run.plan, lambda: self._tracking.begin(run), cancelled)
         status: RunStatus = "FAILED"
         try:
             yield watcher
@@ -484,7 +493,7 @@ class Coordinator:
             raise
         finally:
             if watcher.has_begun:
-                self._tracking.end(plan, status, {})
+                self._tracking.end(run.plan, status, {})
 
     def _has_room(self, shapes: list[GroupShape]) -> bool:
         cluster = self._spec.cluster
@@ -493,25 +502,29 @@ class Coordinator:
         most = max(self._spec.concurrency, 1)
         return len(shapes) <= most and cpus <= cluster.cpus + 1e-6 and gpus <= cluster.gpus + 1e-6
 
-    def _open_parent(self) -> str:
-        spec, file = self._spec, self._spec.folder / SWEEP_RUN
-        run_id = known_run(file, spec.uri)
-        tags = {"temper.kind": "sweep", "temper.command": spec.command}
-        run_id = open_sweep(spec.uri, spec.job({}), run_id=run_id, name=spec.space.name, tags=tags, texts=spec.texts)
-        write_json(file, {"uri": spec.uri, "run_id": run_id})
-        publish([file])
-        return run_id
+    def _child(self, plan: Plan, name: str, kind: str) -> TrackedRun:
+        """The run of something beside the trials."""
+        return TrackedRun(self._spec.uri, plan, self._spec.command, name, {"temper.kind": kind})
 
-    def _run_name(self, trial: Trial) -> str:
-        return " ".join([trial.id, *(f"{name}={value}" for name, value in shown_params(trial.params).items())])[:250]
-
-    def _tags(self, trial: Trial) -> dict[str, str]:
-        shown = {f"temper.param.{name}": value[:5000] for name, value in shown_params(trial.params).items()}
-        return {"temper.kind": "trial", "temper.trial": trial.id, **shown}
+    def _run_of(self, trial: Trial) -> TrackedRun:
+        shown = shown_params(trial.params)
+        return TrackedRun(
+            self._spec.uri,
+            trial.plan,
+            self._spec.train_line(trial.params),
+            " ".join([trial.id, *(f"{name}={value}" for name, value in shown.items())])[:250],
+            {"temper.kind": "trial", "temper.trial": trial.id},
+            {f"sweep.{name}": value_text(value) for name, value in trial.params.items()},
+        )
 
     def _say(self, text: str) -> None:
         with self._lock:
             self._said.append(text)
+
+
+def _end_tags(trial: Trial) -> dict[str, str]:
+    reason = {"temper.trial.reason": trial.reason} if trial.reason else {}
+    return {"temper.trial.status": trial.status, **reason}
 
 
 def _computed_in(plan: Plan) -> list[PhasePlan]:

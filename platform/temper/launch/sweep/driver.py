@@ -24,23 +24,23 @@ from temper.files import read_json, write_json
 from temper.launch.cluster import RaySession, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.phase_store import is_complete
-from temper.launch.ranking import best_trial, pareto_front
-from temper.launch.sweep.coordinator import SWEEP_RUN, Coordinator
+from temper.launch.sweep.coordinator import Coordinator
 from temper.launch.sweep.ledger import ENDED, LEDGER, LedgerTrial, params_key, read_ledger
+from temper.launch.sweep.parent import close_sweep, log_reports, tell_outcome
 from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
 from temper.launch.sweep.spec import SweepSpec
-from temper.launch.sweep.winner import close_tree, log_outcome, name_winner
+from temper.launch.sweep.winner import name_winner
 from temper.launch.train import RunInterrupted, TrainOptions, stop_on_signal
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.room import shape_of
+from temper.ranking import best_trial, pareto_front
 from temper.remote_store import fetch
-from temper.run_folder import LOCK
+from temper.run_folder import LOCK, RESULT, SWEEP_RUN, SYSTEM
 from temper.tracking.mlflow_store import RunStatus
 from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_display, summary_table, winner_lines
 
 _LOOK_S = 0.3
-RESULT = "result.json"
 UNSTARTED = "left behind: nothing was started"
 
 
@@ -50,9 +50,9 @@ class SweepResult:
 
     `trials` are in the order of their ids. `best` is the one of them that wins on the first objective, with the
     `overrides` that repeat it, the `folder` of its export and what it is `registered` as; `front` are the ids of the
-    Pareto front, where there are several objectives. `phases_run` and `phases_reused` are the sweep's, whichever
-    command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the audit found, `undelivered`
-    the folders of runs that MLflow did not take.
+    Pareto front, where there are several objectives. `phases_run`, `phases_reused` and `steps_saved` are the sweep's,
+    whichever command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the audit found,
+    `undelivered` the folders of runs that MLflow did not take.
     """
 
     parent_run_id: str
@@ -66,6 +66,7 @@ class SweepResult:
     phases_run: int
     phases_reused: int
     steps_run: int
+    steps_saved: int
     left_behind: str
     undelivered: list[str] = field(default_factory=list)
     summary: tuple[str, ...] = ()
@@ -116,12 +117,12 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
             status = "KILLED"
             raise
         finally:
-            close_tree(spec, status, display)
+            close_sweep(spec, status, display)
 
 
 def _forget(spec: SweepSpec) -> None:
     """`--fresh`: a new sweep in MLflow; what the phase store has is still not computed again."""
-    for name in (LEDGER, SWEEP_RUN, RESULT):
+    for name in (LEDGER, SWEEP_RUN, RESULT, SYSTEM):
         (spec.folder / name).unlink(missing_ok=True)
     for run in (spec.folder / "trials").glob("*/run.json"):
         run.unlink()
@@ -275,8 +276,9 @@ def _reused(
     seconds = time.perf_counter() - started
     result = SweepResult(**{**done, **news, "status": "reused", "seconds": seconds, "left_behind": UNSTARTED})
     if done["undelivered"]:
-        log_outcome(spec, result, display)
-        close_tree(spec, "FINISHED", display)
+        tell_outcome(spec, result, display)
+        log_reports(spec, result, display)
+        close_sweep(spec, "FINISHED", display)
         write_json(spec.folder / RESULT, {**done, **news})
     return replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
 
@@ -311,12 +313,14 @@ def _conclude(
         phases_run=outcome["phases_run"],
         phases_reused=outcome["phases_reused"],
         steps_run=outcome["steps_run"],
+        steps_saved=outcome["view"].steps_saved,
         left_behind=audit,
         undelivered=outcome["undelivered"],
     )
     if best is not None:
         result = replace(result, best=name_winner(spec, best, display))
-    log_outcome(spec, result, display)
+    tell_outcome(spec, result, display)
+    log_reports(spec, result, display)
     result = replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
     write_json(spec.folder / RESULT, result.to_dict())
     return result
@@ -332,13 +336,18 @@ def _summary(spec: SweepSpec, view: SweepView, result: SweepResult) -> list[str]
         lines += [
             f"winner {result.best['id']}, MLflow run {result.best['run_id']}, exported to {result.best['folder']}"
         ]
-        registered, alias = result.best["registered"], spec.space.winner.alias
-        lines += [f"  as {registered} and {registered.rpartition('/')[0]}@{alias}"] if registered else []
+        lines += _registered(result.best)
         lines += [f"  {train}", f"  {submit}"]
     lines += (
         [f"MLflow lacks {len(result.undelivered)} runs; the same command delivers them"] if result.undelivered else []
     )
     return [*lines, result.left_behind]
+
+
+def _registered(best: dict[str, Any]) -> list[str]:
+    uri, alias, note = (best.get(key, "") for key in ("registered", "alias", "note"))
+    also = f" and {uri.rpartition('/')[0]}@{alias}" if alias else ""
+    return [f"  as {uri}{also}{f': {note}' if note else ''}"] if uri else []
 
 
 def _counted(count: int, what: str) -> str:

@@ -276,9 +276,9 @@ class Pool:
         self._groups[self._numbers] = WorkerGroup(self._numbers, shape, self._fit)
 
 
-def ray_train(folder: Path, *, embedded: bool) -> Fit:
+def ray_train(folder: Path, *, embedded: bool, system_metrics: bool, is_only_node: bool) -> Fit:
     """Groups as Ray Train runs whose ranks serve the actor that this is called in; Ray Train's own records go to
-    `folder`."""
+    `folder`. `system_metrics`: they tell it of their nodes, too, of which there is one if `is_only_node`."""
 
     def fit(number: int, shape: GroupShape) -> None:
         import ray
@@ -287,7 +287,13 @@ def ray_train(folder: Path, *, embedded: bool) -> Fit:
         from temper.launch.trainer import build_group
 
         actor = ray.get_runtime_context().current_actor
-        config = {"coordinator": actor, "group": number, "device": "cuda" if shape.gpus_per_rank > 0 else "cpu"}
+        config = {
+            "coordinator": actor,
+            "group": number,
+            "device": "cuda" if shape.gpus_per_rank > 0 else "cpu",
+            "system_metrics": system_metrics,
+            "is_only_node": is_only_node,
+        }
         build_group(serve, config, shape, folder, [], restarts=_MOST_STARTS, embedded=embedded).fit()
 
     return fit

@@ -15,6 +15,7 @@ from temper.launch.teachers import plan_job
 from temper.plan.build import Plan
 from temper.plan.mesh import ClusterShape
 from temper.storage import storage_folder
+from temper.tracking.sweep_progress import winner_lines
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class SweepSpec:
     def job_overrides(self, params: Params) -> list[str]:
         """What makes the base job this trial."""
         return [*trial_overrides(self.space, params), *self.overrides]
+
+    def train_line(self, params: Params) -> str:
+        """The shell's line that repeats a trial."""
+        return winner_lines(self.job_file, self.job_overrides(params), self.storage)[0]
 
     def plan_alike(self, params: Params) -> Plan:
         """The plan of a trial wherever it is run. Raises JobError."""

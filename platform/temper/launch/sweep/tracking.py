@@ -11,57 +11,62 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from temper.config.load import job_to_yaml
 from temper.errors import RunError
-from temper.files import write_json
-from temper.launch.teacher_runs import teacher_tags
-from temper.launch.train import phase_tags
+from temper.launch.tracked_run import TrackedRun
 from temper.plan.build import Plan
-from temper.remote_store import publish_run
-from temper.run_folder import RUN
+from temper.run_folder import PHASE_MANIFEST
 from temper.tracking.delivery import Delivery
 from temper.tracking.history import phase_histories
-from temper.tracking.mlflow_store import RunMetrics, RunStatus, close_run, known_run, log_tags, open_run
+from temper.tracking.mlflow_store import RunGoneError, RunMetrics, RunStatus
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+_LONGEST_PAUSE_S = 30.0
 _CLOSE_S = 60.0
 
 
 @dataclass
 class _Child:
-    """A run that MLflow is given; `delivery` is None until it is open, `status` until it has ended."""
+    """A run that MLflow is given; `delivery` is None until it is open, `status` until it has ended; then `tags` say
+    what came of it."""
 
-    plan: Plan
-    name: str
-    tags: dict[str, str]
-    run_id: str = ""
+    run: TrackedRun
     delivery: Delivery | None = None
     status: RunStatus | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    num_complete: int = 0
+    """Phases that were complete at the last look."""
 
 
 class SweepTracking:
     """Each method returns at once, but :meth:`close`."""
 
-    def __init__(self, uri: str, parent: Callable[[], str], command: str) -> None:
-        self._uri, self._parent, self._command = uri, parent, command
+    def __init__(self, parent: Callable[[], str], first: Callable[[], Any], system: Callable[[str], Delivery]) -> None:
+        """`parent` opens the sweep's own run; `first` is done before all else that is done in the background; `system`
+        gives the delivery of the nodes' system metrics to the sweep's own run."""
+        self._parent, self._system = parent, system
+        self._system_delivery: Delivery | None = None
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ordered: list[str] = []
         """Run folders of children that are to be opened."""
         self._children: dict[str, _Child] = {}
+        self._ended: dict[str, _Child] = {}
+        """Those that MLflow has whole."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep-tracking", daemon=True)
+        self._orders.put(first)
         self.parent_id = ""
         self._thread.start()
 
-    def begin(self, plan: Plan, name: str, tags: Mapping[str, str]) -> None:
-        """Opens the child run of this plan's run folder, or goes on with the one that an earlier attempt opened."""
-        self._ordered.append(str(plan.run_folder))
-        self._orders.put(lambda: self._begin(plan, name, dict(tags)))
+    def begin(self, run: TrackedRun) -> None:
+        """Opens a child run, or goes on with the one that an earlier attempt opened."""
+        self._ordered.append(str(run.plan.run_folder))
+        self._orders.put(lambda: self._begin(run))
 
     def end(self, plan: Plan, status: RunStatus, tags: Mapping[str, str]) -> None:
         """Everything of the run is in its histories; it is delivered, and the run closed."""
@@ -74,7 +79,7 @@ class SweepTracking:
         return sorted({*self._ordered, *self._children})
 
     def _run(self) -> None:
-        looked_s = 0.0
+        look_s, pause_s = 0.0, _LOOK_S
         while True:
             try:
                 order = self._orders.get(timeout=0.2)
@@ -84,62 +89,71 @@ class SweepTracking:
                 order = None
             if order is not None:
                 _kept_quiet(order)
-            if time.monotonic() - looked_s > _LOOK_S or self._closing.is_set():
-                looked_s = time.monotonic()
-                for key in list(self._children):
-                    _kept_quiet(lambda key=key: self._deliver(key))  # type: ignore[misc]
+            if time.monotonic() > look_s or self._closing.is_set():
+                tasks: list[Callable[[], None]] = [partial(self._deliver, key) for key in self._children]
+                went_well = all([_kept_quiet(task) for task in [*tasks, self._deliver_system]])
+                pause_s = _LOOK_S if went_well else min(2 * pause_s, _LONGEST_PAUSE_S)
+                look_s = time.monotonic() + pause_s
 
-    def _begin(self, plan: Plan, name: str, tags: dict[str, str]) -> None:
-        key = str(plan.run_folder)
-        self._children[key] = _Child(plan, name, tags)
+    def _begin(self, run: TrackedRun) -> None:
+        key = str(run.plan.run_folder)
+        self._children[key] = _Child(run)
         self._ordered.remove(key)
         self._deliver(key)
 
     def _end(self, plan: Plan, status: RunStatus, tags: dict[str, str]) -> None:
         child = self._children.get(str(plan.run_folder))
         if child is not None:
-            child.status, child.tags = status, {**child.tags, **tags}
+            child.status, child.tags = status, tags
             self._deliver(str(plan.run_folder))
 
     def _deliver(self, key: str) -> None:
         """Whatever fails here is tried again at the next look."""
         child = self._children[key]
-        child.delivery = child.delivery or self._open(child)
-        child.delivery.deliver()
+        child.delivery = child.delivery or self._open(child.run)
+        try:
+            child.delivery.deliver()
+        except RunGoneError:
+            self._begin_anew()
+            raise
         if child.status is None:
-            return
-        plan, run_id = child.plan, child.run_id
-        log_tags(self._uri, run_id, {**phase_tags(plan, run_id), **teacher_tags(plan), **child.tags})
-        if close_run(self._uri, run_id, child.status):
-            write_json(plan.run_folder / RUN, {"uri": self._uri, "run_id": run_id, "open": False, "delivered": True})
-            publish_run(plan.run_folder, plan.job.storage_folder)
-            del self._children[key]
+            self._grow(child)
+        elif child.run.end(child.status, child.tags, timeout_s=0.0):
+            self._ended[key] = self._children.pop(key)
+        else:
+            child.delivery = None  # the run may be gone, and is opened again
 
-    def _open(self, child: _Child) -> Delivery:
+    def _begin_anew(self) -> None:
+        """The store came back without the sweep: every run is opened again, and given all that its histories have."""
+        self._children = {**self._ended, **self._children}
+        self._ended, self.parent_id, self._system_delivery = {}, "", None
+        for child in self._children.values():
+            child.delivery, child.num_complete = None, 0
+
+    def _deliver_system(self) -> None:
+        if self.parent_id:
+            self._system_delivery = self._system_delivery or self._system(self.parent_id)
+            self._system_delivery.deliver()
+
+    def _open(self, run: TrackedRun) -> Delivery:
         self.parent_id = self.parent_id or self._parent()
-        plan = child.plan
-        plan.run_folder.mkdir(parents=True, exist_ok=True)
-        run_id = open_run(
-            self._uri,
-            plan,
-            run_id=known_run(plan.run_folder / RUN, self._uri),
-            job_yaml=job_to_yaml(plan.job),
-            command=self._command,
-            # At once: a coordinator that is killed now would leave a run that nobody knows.
-            created=lambda created: write_json(
-                plan.run_folder / RUN, {"uri": self._uri, "run_id": created, "open": False}
-            ),
-            name=child.name,
-            tags={"mlflow.parentRunId": self.parent_id, **child.tags},
-        )
-        child.run_id = run_id
-        write_json(plan.run_folder / RUN, {"uri": self._uri, "run_id": run_id, "open": True})
-        return Delivery(phase_histories(plan), lambda phase: [], lambda: RunMetrics(self._uri, run_id))
+        run.tags = {**run.tags, "mlflow.parentRunId": self.parent_id}
+        run.open()
+        return Delivery(phase_histories(run.plan), lambda phase: [], lambda: RunMetrics(run.uri, run.run_id))
+
+    def _grow(self, child: _Child) -> None:
+        plan = child.run.plan
+        num_complete = sum((plan.phase_folder(phase) / PHASE_MANIFEST).exists() for phase in plan.phases)
+        if num_complete > child.num_complete:
+            child.run.grow()
+        child.num_complete = num_complete
 
 
-def _kept_quiet(order: Callable[[], Any]) -> None:
-    """Tracking never hurts the sweep."""
+def _kept_quiet(order: Callable[[], Any]) -> bool:
+    """Tracking never hurts the sweep. Whether the order was carried out."""
     try:
         order()
     except Exception as error:
         log.warning("MLflow: %s", error if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
+        return False
+    return True

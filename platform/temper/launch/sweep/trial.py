@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from temper.launch.rungs import RungClock
 from temper.launch.sweep.ledger import LedgerTrial, Result
 from temper.plan.build import Plan
+from temper.plan.dsd import parameters_left
+from temper.plan.metric_names import without_classes
 from temper.plan.phases import PhasePlan
 from temper.tracking.history import Record
 
@@ -208,8 +210,10 @@ class Trial:
         share = _share(phase, record["step"])
         rung = self._clock.rung(phase.name, share)
         self.rung = max(self.rung, rung)
-        self.metrics = dict(record["metrics"])
-        self.metrics["parameters_left"] = parameters_left(self.plan, self.metrics)
+        self.metrics = without_classes(record["metrics"])
+        model = self.plan.model
+        shapes = {weight.name: weight.shape for weight in model.prunable}
+        self.metrics["parameters_left"] = parameters_left(model.num_parameters, shapes, self.metrics)
         return {
             **self.metrics,
             "step": record["step"],
@@ -231,13 +235,3 @@ def _evaluations(phase: PhasePlan, every: int) -> list[int]:
 
 def _share(phase: PhasePlan, step: int) -> float:
     return (step - phase.first_step) / phase.steps
-
-
-def parameters_left(plan: Plan, metrics: Mapping[str, float]) -> float:
-    """Parameters of the model less those that are exactly zero in the layers that the newest sparse phase pruned."""
-    pruned = sum(
-        metrics[f"sparsity/{weight.name}"] * math.prod(weight.shape)
-        for weight in plan.model.prunable
-        if f"sparsity/{weight.name}" in metrics
-    )
-    return float(plan.model.num_parameters - round(pruned))

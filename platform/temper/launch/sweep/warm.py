@@ -19,11 +19,13 @@ import ray
 from temper.launch.sweep.tasks import AskTask, Assignment, Outcome, Task, TrainTask
 from temper.loop import Interrupted
 from temper.tracking.failures import is_lost_peer
+from temper.tracking.system_metrics import sampled
 from temper.worker import Port, Record, WarmWorker, process_group
 
 
 def serve(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each rank. `config`: `group` (its number), `coordinator` (the actor), `device`."""
+    """What Ray Train runs in each rank. `config`: `group` (its number), `coordinator` (the actor), `device`; whether
+    it wants `system_metrics` of the nodes, and whether there `is_only_node`."""
     coordinator, group, device = config["coordinator"], config["group"], config["device"]
     with ExitStack() as stack:
         if not ray.get(coordinator.is_wanted.remote(group)):
@@ -32,6 +34,9 @@ def serve(config: dict[str, Any]) -> None:
             worker = WarmWorker(device)
             stack.enter_context(process_group(device))
             token = _agreed_token(worker.rank)
+            if config["system_metrics"] and os.environ["LOCAL_RANK"] == "0":
+                # At its own pace: there is a node's use to be seen between the tasks, too.
+                stack.enter_context(sampled(coordinator.note_sample.remote, is_only_node=config["is_only_node"]))
         except Exception as error:
             # It would end like this every time that Ray Train starts it anew.
             ray.get(coordinator.give_up.remote(group, f"{type(error).__name__}: {error}"))

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from temper.data.sources import SplitName
 from temper.errors import RunError
 from temper.plan.distill import CachePlan, FeaturePair
 from temper.techniques.distill.cache_files import (
@@ -142,8 +143,9 @@ class CachedSignals:
         fetch_cache(plan.folder)
         manifest = open_manifest(plan)
         self._plan, self._pairs = plan, tuple(pairs)
-        self._train, self._test = (_MappedSplit(plan.folder, manifest, split) for split in ("train", "test"))
-        self._num_classes = self._test.shapes()["logits"][-1]
+        self._splits = {split: _MappedSplit(plan.folder, manifest, split) for split in manifest["splits"]}
+        self._train = self._splits["train"]
+        self._num_classes = self._splits["test"].shapes()["logits"][-1]
         cached = [shape for name, shape in self._train.shapes().items() if name.startswith(_FEATURE)]
         needed = [pair.teacher_shape for pair in pairs]
         if cached != needed:
@@ -164,9 +166,9 @@ class CachedSignals:
             return Signals(torch.from_numpy(columns["logits"]), features)
         return Signals(restore(columns, self._num_classes), features)
 
-    def test_logits(self, rows: Tensor) -> Tensor:
-        """Logits (examples, …, classes) of `rows` of the test split; all of them, also with `top_k`."""
-        return torch.from_numpy(self._test.gather(rows.numpy(), np.zeros(len(rows), np.int64))["logits"])
+    def logits(self, split: SplitName, rows: Tensor) -> Tensor:
+        """Logits (examples, …, classes) of `rows` of the held-out or the test split; all of them, also with `top_k`."""
+        return torch.from_numpy(self._splits[split].gather(rows.numpy(), np.zeros(len(rows), np.int64))["logits"])
 
 
 class _MappedSplit:

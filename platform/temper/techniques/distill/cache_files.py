@@ -1,9 +1,9 @@
 """The files of a cache of what a teacher says: their cut, their format, their manifest. No torch is imported.
 
-`<storage>/teachers/<key>/` has `train/view-<v>/part-….arrow`, `test/view-0/part-….arrow` and, written last,
-`manifest.json`: without it the cache is not there. A part is an Arrow IPC file of one record batch without compression,
-whose columns are lists of a fixed size: each is one contiguous array, which is mapped and not read. Parts are large, so
-that few files are mapped and a batch is gathered from few places.
+`<storage>/teachers/<key>/` has `train/view-<v>/part-….arrow`, `test/view-0/part-….arrow`, the same of `validation`
+where examples are held out, and, written last, `manifest.json`: without it the cache is not there. A part is an Arrow
+IPC file of one record batch without compression, whose columns are lists of a fixed size: each is one contiguous array,
+which is mapped and not read. Parts are large, so that few files are mapped and a batch is gathered from few places.
 
 The teacher is asked about smaller *pieces*, so that there is work for many and little is lost where one is killed. They
 lie in `unfinished/` until a part has all of its own. Every file appears whole or not at all, and what is in it depends

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temper.config.schema import DistillConfig, LossConfig, RampConfig
+from temper.config.schema import DistillConfig, LossConfig
 from temper.errors import RunError
 from temper.losses import Loss, mean_over_examples
 from temper.outputs import logits_of
+from temper.plan.distill import ramp_values
 from temper.plan.facts import NO_LABEL
 from temper.schedules import build_ramp
 from temper.techniques.distill.signals import Taught
@@ -98,23 +99,19 @@ class DistillLoss:
     """
 
     def __init__(self, base: Loss, config: DistillConfig, loss: LossConfig, dense_steps: int) -> None:
-        self._base, self._config, self._kind = base, config, loss.kind
+        self._base, self._config, self._kind, self._dense_steps = base, config, loss.kind, dense_steps
         self._temperature_at = build_ramp(config.temperature, dense_steps)
         self._alpha_at = build_ramp(config.alpha, dense_steps)
         self.begin_step(0)
 
     def begin_step(self, applied_step: int) -> None:
         """Sets what the ramps are at this step, counted from 0 over all phases, without skipped ones."""
+        self._step = applied_step
         self.temperature, self.alpha = self._temperature_at(applied_step), self._alpha_at(applied_step)
 
     def values(self) -> dict[str, float]:
-        """What the ramps are now, to be recorded with the step; empty where nothing changes."""
-        ramps = {"temperature": self.temperature, "alpha": self.alpha}
-        return {
-            f"distill/{name}": value
-            for name, value in ramps.items()
-            if isinstance(getattr(self._config, name), RampConfig)
-        }
+        """See :func:`temper.plan.distill.ramp_values`; of the step that was begun last."""
+        return ramp_values(self._config, self._dense_steps, self._step)
 
     def __call__(self, outputs: Any, taught: Taught) -> dict[str, Tensor]:
         """The named terms, whose sum is the loss; `outputs` as the base loss takes them. Raises RunError where the

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from temper.data.batches import Batch
+from temper.data.sources import SplitName
 from temper.losses import Loss
 from temper.parallel.groups import MeshGroups
 from temper.plan.build import Plan
@@ -27,8 +28,8 @@ class Source(Protocol):
     def teach(self, batch: Batch) -> Taught | Lesson:
         """The batch's targets with the signals of its examples, or with whom to ask for them."""
 
-    def test_logits(self, batch: Batch) -> Tensor:
-        """What the teacher says of examples of the test split."""
+    def logits(self, split: SplitName, batch: Batch) -> Tensor:
+        """What the teacher says of examples of a split that the student is evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LiveSource:
             return Taught(batch.targets, self.ask(batch.inputs))
         return Lesson(batch.targets, batch.inputs, self.ask)
 
-    def test_logits(self, batch: Batch) -> Tensor:
+    def logits(self, split: SplitName, batch: Batch) -> Tensor:
         return self.ask(batch.inputs).logits
 
 
@@ -58,8 +59,8 @@ class CachedSource:
     def teach(self, batch: Batch) -> Taught | Lesson:
         return Taught(batch.targets, self.cached.signals(batch.indices, batch.views))
 
-    def test_logits(self, batch: Batch) -> Tensor:
-        return self.cached.test_logits(batch.indices)
+    def logits(self, split: SplitName, batch: Batch) -> Tensor:
+        return self.cached.logits(split, batch.indices)
 
 
 class Distillation:
@@ -79,10 +80,10 @@ class Distillation:
     def values(self) -> Mapping[str, float]:
         return self.loss.values()
 
-    def on_test(self, batches: Iterator[tuple[Batch, int]]) -> Iterator[tuple[Batch, int]]:
-        """Batches of the test split, each with the teacher's logits for inputs."""
+    def asked(self, split: SplitName, batches: Iterator[tuple[Batch, int]]) -> Iterator[tuple[Batch, int]]:
+        """Batches of a split that the student is evaluated on, each with the teacher's logits for inputs."""
         for batch, valid in batches:
-            yield replace(batch, inputs=self._source.test_logits(batch).float()), valid
+            yield replace(batch, inputs=self._source.logits(split, batch).float()), valid
 
 
 def build_distillation(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,12 +18,8 @@ from temper.files import read_json, write_json
 from temper.plan.phases import PhasePlan, Pruning
 from temper.run_folder import WEIGHTS
 from temper.techniques.dsd.border import Share
+from temper.techniques.dsd.histogram import BINS, LEVELS, widen
 
-BINS = 256
-LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of the quantiles."""
-
-Counts = npt.NDArray[np.int64]
 Layers = dict[str, dict[str, Any]]
 
 
@@ -142,18 +137,6 @@ def _add_up(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "returned": _add_up_returned([layer for layer in layers if layer["pruned"]]),
     }
-
-
-def widen(counts: Sequence[int], limit: float, wider: float) -> Counts:
-    """A histogram over [-`limit`, `limit`] as one over [-`wider`, `wider`], both powers of two, in as many bins.
-
-    Each new bin is a number of old ones, counted from zero outwards.
-    """
-    factor = round(wider / limit)
-    below, above = np.split(np.asarray(counts, dtype=np.int64), 2)
-    parts = [np.add.reduceat(half, range(0, len(half), factor)) for half in (below[::-1], above)]
-    left, right = (np.pad(part, (0, len(below) - len(part))) for part in parts)
-    return np.concatenate([left[::-1], right])
 
 
 def _add_up_returned(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

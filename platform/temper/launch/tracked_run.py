@@ -1,0 +1,86 @@
+"""The MLflow run that belongs to a run folder, from its opening to its end and over all attempts.
+
+`run.json` in the folder says which run it is: `{"uri", "run_id", "command", "open", "delivered"}`. One that is not
+delivered was not brought to its end by its command; see :mod:`reconcile`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from temper.config.load import job_to_yaml
+from temper.files import write_json
+from temper.launch.teacher_runs import teacher_tags
+from temper.plan.build import Plan
+from temper.remote_store import publish_run
+from temper.run_folder import ENVIRONMENT, GIT, RUN
+from temper.tracking.description import origin_files
+from temper.tracking.mlflow_store import RunStatus, close_run, first_line, known_run, log_tags, open_run, persist
+from temper.tracking.tree import RunTree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrackedRun:
+    """The run of `plan` in the store at `uri`; without a name, that of the job. `command` repeats it. A new run has the
+    `tags`, and the `params` beside the job's. `run_id` is empty until it is open."""
+
+    uri: str
+    plan: Plan
+    command: str
+    name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    run_id: str = ""
+
+    @property
+    def record(self) -> Path:
+        return self.plan.run_folder / RUN
+
+    def open(self) -> None:
+        """Opens a new run, or goes on with the one that an earlier attempt opened. Raises RunError where the store
+        cannot be used."""
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        for name, text in origin_files().items():
+            if name in (ENVIRONMENT, GIT):
+                (self.record.parent / name).write_text(text)
+        self.run_id = open_run(
+            self.uri,
+            self.plan,
+            run_id=known_run(self.record, self.uri),
+            job_yaml=job_to_yaml(self.plan.job),
+            command=self.command,
+            # At once: a command that is killed now would leave a run that nobody knows.
+            created=lambda run_id: self._note(run_id, open=False),
+            name=self.name,
+            tags=self.tags,
+            params=self.params,
+        )
+        self._tree = RunTree(self.uri, self.run_id, self.plan.to_dict(), self.plan.job.storage_folder)
+        self._note(self.run_id, open=True)
+        publish_run(self.plan.run_folder, self.plan.job.storage_folder)
+        log_tags(self.uri, self.run_id, teacher_tags(self.plan))
+        self.grow()
+
+    def grow(self) -> None:
+        """Gives phases that have begun or ended their own runs; what the store does not take now it is given later."""
+        try:
+            self._tree.grow()
+        except Exception as error:  # any error of any store
+            log.warning("MLflow did not take the phases of the run: %s", first_line(error))
+
+    def end(self, status: RunStatus, tags: Mapping[str, str] | None = None, timeout_s: float = 10.0) -> bool:
+        """Says what came of the run, whose points the store has; false, with a line in the log, where the store does
+        not take it in time."""
+        ended = persist(lambda: self._tree.end(status, tags or {}), "end of the run", timeout_s)
+        ended = ended and close_run(self.uri, self.run_id, status, timeout_s)
+        self._note(self.run_id, open=False, delivered=ended)
+        publish_run(self.plan.run_folder, self.plan.job.storage_folder)
+        return ended
+
+    def _note(self, run_id: str, **state: bool) -> None:
+        write_json(self.record, {"uri": self.uri, "run_id": run_id, "command": self.command, **state})
