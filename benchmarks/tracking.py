@@ -211,8 +211,8 @@ def run_tracked(work: Callable[[], None], steps: int, reporter: Reporter) -> tup
     for _ in range(steps):
         began = time.perf_counter()
         work()
+        state = state.after(result, time.perf_counter() - began)
         worked = time.perf_counter()
-        state = state.after(result, worked - began)
         reporter.add(state, result, 0.1, values)
         if reporter.due(state.step):
             reporter.flush(state.step)

@@ -252,6 +252,7 @@ def test_train_prints_its_result(run: Temper, job: Path, monkeypatch: pytest.Mon
         ],
         "teachers": [],
         "teacher_metrics": {},
+        "registered": {},
     }
     assert "tiny: done in 12.5 s" in err
     assert re.search(r"test/accuracy +0.8750", err)

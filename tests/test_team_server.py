@@ -52,6 +52,7 @@ def swept(server: TeamServer, tmp_path_factory: pytest.TempPathFactory) -> Swept
 
     path = write_space(tmp_path_factory.mktemp("four"), dsd_job(), FOUR, concurrency=4)
     result, said = sweep(path)
+    assert "starting 4 worker groups" in said
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("temper")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,7 @@ def test_a_run_without_its_folder_is_ended_by_what_it_says_of_itself(uri: str, p
     run_id = opened(uri, plan).run_id
     name = str(plan.job.storage_folder)
     assert settle_lost(plan.job.storage_folder, name, uri) == []
-    (plan.run_folder / RUN).unlink()
-    plan.run_folder.rmdir()
+    shutil.rmtree(plan.run_folder)
     (settled,) = settle_lost(plan.job.storage_folder, name, uri)
     assert (settled.run_id, status(uri, run_id)) == (run_id, "KILLED")
     with pytest.raises(RunError, match="cannot be asked"):

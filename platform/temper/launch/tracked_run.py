@@ -36,6 +36,7 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     run_id: str = ""
+    _tree: RunTree | None = field(default=None, init=False)
 
     @property
     def record(self) -> Path:
@@ -69,14 +70,17 @@ class TrackedRun:
     def grow(self) -> None:
         """Gives phases that have begun or ended their own runs; what the store does not take now it is given later."""
         try:
-            self._tree.grow()
+            if self._tree is not None:
+                self._tree.grow()
         except Exception as error:  # any error of any store
             log.warning("MLflow did not take the phases of the run: %s", first_line(error))
 
     def end(self, status: RunStatus, tags: Mapping[str, str] | None = None, timeout_s: float = 10.0) -> bool:
         """Says what came of the run, whose points the store has; false, with a line in the log, where the store does
         not take it in time."""
-        ended = persist(lambda: self._tree.end(status, tags or {}), "end of the run", timeout_s)
+        tree = self._tree
+        assert tree is not None, "only a run that is open can be ended"
+        ended = persist(lambda: tree.end(status, tags or {}), "end of the run", timeout_s)
         ended = ended and close_run(self.uri, self.run_id, status, timeout_s)
         self._note(self.run_id, open=False, delivered=ended)
         publish_run(self.plan.run_folder, self.plan.job.storage_folder)

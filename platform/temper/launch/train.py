@@ -67,6 +67,8 @@ from temper.tracking.mlflow_store import RunGoneError, RunStatus, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
+_FOLLOW_S = 1.0  # between two looks at what MLflow is to be told
+_RETRY_S = 10.0  # before a store is asked again to open a run
 STAGE_DELAY_S = 0.5  # longer than a record takes from its worker to the history
 
 
@@ -317,25 +319,35 @@ class _Tracking:
         self._run = tracked_run(plan, command, kind)
         self._executor = ThreadPoolExecutor(1, "tracking")
         self._opening: Future[None] | None = None
+        self._tried_s = 0.0
         self._num_complete = 0
 
     def follow(self) -> None:
-        """Begins to open the run; later gives phases that have become complete their own runs."""
+        """Begins to open the run, again where the store failed or has lost it; gives phases that have become complete
+        their own runs."""
+        if self._opening is None:
+            self._open()
+            self._executor.submit(reconcile, self._plan.job.storage_folder)
+        elif time.monotonic() - self._tried_s > _RETRY_S and self._is_wanting(self._opening):
+            self._open()
         manifests = [self._plan.phase_folder(phase) / PHASE_MANIFEST for phase in self._plan.phases]
         num_complete = sum(manifest.exists() for manifest in manifests)
-        if self._opening is None or is_lost(self._run.record):
-            self._opening = self._executor.submit(self._run.open)
-            self._executor.submit(reconcile, self._plan.job.storage_folder)
-        elif num_complete > self._num_complete:
+        if num_complete > self._num_complete:
             self._executor.submit(self._run.grow)
         self._num_complete = num_complete
 
+    def _is_wanting(self, opening: Future[None]) -> bool:
+        return opening.done() and (opening.exception() is not None or is_lost(self._run.record))
+
+    def _open(self) -> None:
+        self._opening, self._tried_s = self._executor.submit(self._run.open), time.monotonic()
+
     def settle(self, status: RunStatus, display: Display) -> None:
         """Completes what MLflow knows, with the terminal status. A dead server must not hide the result."""
+        self._executor.shutdown()
         try:
-            opening = self._opening or self._executor.submit(self._run.open)
-            self._executor.shutdown()
-            opening.result()
+            if not self._run.run_id:
+                self._run.open()
             if not _deliver(self._run, status):
                 raise RunError("the store did not take the end of the run in time")
         except RunError as error:
@@ -396,10 +408,13 @@ def _fit(spec: WorkerSpec, display: Display, tracking: _Tracking, *, embedded: b
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     watch = Watch(spec, display)
     thread.start()
+    has_begun, looked_s = False, 0.0
     while True:
         running = thread.is_alive()
-        if watch.look(time.time() - STAGE_DELAY_S if running else math.inf):
+        has_begun = watch.look(time.time() - STAGE_DELAY_S if running else math.inf) or has_begun
+        if has_begun and time.monotonic() - looked_s > _FOLLOW_S:
             tracking.follow()
+            looked_s = time.monotonic()
         if not running:
             break
         time.sleep(POLL_S)

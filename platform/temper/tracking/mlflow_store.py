@@ -293,7 +293,7 @@ def open_parent(
         run = _find_run(client, run_id) if run_id else None
         if run is None:
             experiment_id = _experiment_id(client, job.tracking.experiment, _artifact_root(uri, job))
-            run = client.create_run(experiment_id, tags={"mlflow.user": _user(), **safe_tags(tags)}, run_name=name)
+            run = create_run(client, experiment_id, name, tags)
             new = [Param(key, value) for key, value in safe_params(params).items()]
             client.log_batch(run.info.run_id, params=new[:_BATCH_PARAMS], synchronous=True)
             for path, text in texts.items():
@@ -337,9 +337,19 @@ def log_outcome(
 
 def _create_run(client: MlflowClient, uri: str, plan: Plan, name: str, tags: Mapping[str, str]) -> Run:
     experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
-    return client.create_run(
-        experiment_id, tags={"mlflow.user": _user(), "temper.kind": "run", **safe_tags(tags)}, run_name=name
-    )
+    return create_run(client, experiment_id, name, {"temper.kind": "run", **tags})
+
+
+def create_run(
+    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str], started_ms: int | None = None
+) -> Run:
+    """A new run, begun now unless another time is given. Raises ConnectionError where the answer names none, as behind
+    a proxy that answers in the server's place."""
+    known = {"mlflow.user": _user(), **safe_tags(tags)}
+    run = client.create_run(experiment_id, start_time=started_ms, tags=known, run_name=name)
+    if not run.info.run_id:
+        raise ConnectionError("the answer to a new run was empty")
+    return run
 
 
 def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -> str:

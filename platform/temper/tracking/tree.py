@@ -19,9 +19,9 @@ from temper.plan.dsd import parameters_left
 from temper.products import computing_run, read_phase, run_name
 from temper.run_folder import HISTORY, PHASES, PLAN
 from temper.tracking.delivery import take_batch
-from temper.tracking.description import PHASES_TAG, TAG_LENGTH, origin_tags, safe_params, safe_tags
+from temper.tracking.description import PHASES_TAG, TAG_LENGTH, origin_tags, safe_params
 from temper.tracking.history import Record, parse_record
-from temper.tracking.mlflow_store import RunMetrics, RunStatus, build_client, log_final
+from temper.tracking.mlflow_store import RunMetrics, RunStatus, build_client, create_run, log_final
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -205,7 +205,6 @@ class RunTree:
         parent = client.get_run(self._run_id)
         tags = {
             "mlflow.parentRunId": self._run_id,
-            "mlflow.user": parent.data.tags.get("mlflow.user", ""),
             "temper.kind": "phase",
             "temper.phase": phase.name,
             "temper.phase.kind": phase.kind,
@@ -219,9 +218,7 @@ class RunTree:
         }
         # A phase that was there took no time here.
         started_ms = parent.info.start_time if phase.is_reused or not phase.started_ms else phase.started_ms
-        run = client.create_run(
-            parent.info.experiment_id, start_time=started_ms, tags=safe_tags(tags), run_name=phase.name
-        )
+        run = create_run(client, parent.info.experiment_id, phase.name, tags, started_ms)
         params = {"phase.steps": str(phase.steps), "phase.lr": f"{phase.lr:g}", "phase.pruned": phase.pruned}
         new = [Param(key, value) for key, value in safe_params(params).items() if value]
         client.log_batch(run.info.run_id, params=new, synchronous=True)
