@@ -16,7 +16,7 @@ from temper.files import write_json
 from temper.launch.teacher_runs import teacher_tags
 from temper.plan.build import Plan
 from temper.remote_store import publish_run
-from temper.run_folder import ENVIRONMENT, GIT, RUN
+from temper.run_folder import ENVIRONMENT, GIT, HISTORY, PHASE_MANIFEST, RUN
 from temper.tracking.description import origin_files
 from temper.tracking.mlflow_store import RunStatus, close_run, first_line, known_run, log_tags, open_run, persist
 from temper.tracking.tree import RunTree
@@ -37,6 +37,7 @@ class TrackedRun:
     params: Mapping[str, str] = field(default_factory=dict)
     run_id: str = ""
     _tree: RunTree | None = field(default=None, init=False)
+    _marks: int = field(default=0, init=False)
 
     @property
     def record(self) -> Path:
@@ -66,6 +67,13 @@ class TrackedRun:
         publish_run(self.plan.run_folder, self.plan.job.storage_folder)
         log_tags(self.uri, self.run_id, teacher_tags(self.plan))
         self.grow()
+
+    def has_grown(self) -> bool:
+        """Whether a phase has begun or ended since this was last asked."""
+        folders = map(self.plan.phase_folder, self.plan.phases)
+        marks = sum((folder / mark).exists() for folder in folders for mark in (HISTORY, PHASE_MANIFEST))
+        self._marks, before = marks, self._marks
+        return marks > before
 
     def grow(self) -> None:
         """Gives phases that have begun or ended their own runs; what the store does not take now it is given later."""

@@ -320,21 +320,17 @@ class _Tracking:
         self._executor = ThreadPoolExecutor(1, "tracking")
         self._opening: Future[None] | None = None
         self._tried_s = 0.0
-        self._num_complete = 0
 
     def follow(self) -> None:
-        """Begins to open the run, again where the store failed or has lost it; gives phases that have become complete
+        """Begins to open the run, again where the store failed or has lost it; gives phases that have begun or ended
         their own runs."""
         if self._opening is None:
             self._open()
             self._executor.submit(reconcile, self._plan.job.storage_folder)
         elif time.monotonic() - self._tried_s > _RETRY_S and self._is_wanting(self._opening):
             self._open()
-        manifests = [self._plan.phase_folder(phase) / PHASE_MANIFEST for phase in self._plan.phases]
-        num_complete = sum(manifest.exists() for manifest in manifests)
-        if num_complete > self._num_complete:
+        if self._run.has_grown():
             self._executor.submit(self._run.grow)
-        self._num_complete = num_complete
 
     def _is_wanting(self, opening: Future[None]) -> bool:
         return opening.done() and (opening.exception() is not None or is_lost(self._run.record))

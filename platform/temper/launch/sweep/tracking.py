@@ -18,7 +18,6 @@ from typing import Any
 from temper.errors import RunError
 from temper.launch.tracked_run import TrackedRun
 from temper.plan.build import Plan
-from temper.run_folder import PHASE_MANIFEST
 from temper.tracking.delivery import Delivery
 from temper.tracking.history import phase_histories
 from temper.tracking.mlflow_store import RunGoneError, RunMetrics, RunStatus
@@ -39,8 +38,6 @@ class _Child:
     delivery: Delivery | None = None
     status: RunStatus | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    num_complete: int = 0
-    """Phases that were complete at the last look."""
 
 
 class SweepTracking:
@@ -117,7 +114,8 @@ class SweepTracking:
             self._begin_anew()
             raise
         if child.status is None:
-            self._grow(child)
+            if child.run.has_grown():
+                child.run.grow()
         elif child.run.end(child.status, child.tags, timeout_s=0.0):
             self._ended[key] = self._children.pop(key)
         else:
@@ -128,7 +126,7 @@ class SweepTracking:
         self._children = {**self._ended, **self._children}
         self._ended, self.parent_id, self._system_delivery = {}, "", None
         for child in self._children.values():
-            child.delivery, child.num_complete = None, 0
+            child.delivery = None
 
     def _deliver_system(self) -> None:
         if self.parent_id:
@@ -140,13 +138,6 @@ class SweepTracking:
         run.tags = {**run.tags, "mlflow.parentRunId": self.parent_id}
         run.open()
         return Delivery(phase_histories(run.plan), lambda phase: [], lambda: RunMetrics(run.uri, run.run_id))
-
-    def _grow(self, child: _Child) -> None:
-        plan = child.run.plan
-        num_complete = sum((plan.phase_folder(phase) / PHASE_MANIFEST).exists() for phase in plan.phases)
-        if num_complete > child.num_complete:
-            child.run.grow()
-        child.num_complete = num_complete
 
 
 def _kept_quiet(order: Callable[[], Any]) -> bool:
