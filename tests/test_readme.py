@@ -137,9 +137,12 @@ def test_every_script_exists() -> None:
 
 def test_every_link_and_picture_exists() -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
-    local = [target for target in targets if "://" not in target]
-    assert {"docs/terminal.svg", "docs/mlflow.png"} <= set(local)
+    local = [target for target in targets if "://" not in target and not target.startswith("#")]
+    pictures = ("terminal.svg", "mlflow_tree.png", "mlflow_trial.png", "report_light.png", "report_dark.png")
+    assert {f"docs/{name}" for name in pictures} <= set(local)
     assert [target for target in local if not (ROOT / target).is_file()] == []
+    titles = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^##+ (.+)$", README, flags=re.MULTILINE)}
+    assert {target for target in targets if target.startswith("#")} <= titles
 
 
 def test_lines_are_no_longer_than_in_the_code() -> None:

@@ -7,6 +7,7 @@ delivered was not brought to its end by its command; see :mod:`reconcile`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     run_id: str = ""
+    began_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    """It is opened later, beside the training."""
     _tree: RunTree | None = field(default=None, init=False)
     _marks: int = field(default=0, init=False)
 
@@ -61,6 +64,7 @@ class TrackedRun:
             name=self.name,
             tags=self.tags,
             params=self.params,
+            began_ms=self.began_ms,
         )
         self._tree = RunTree(self.uri, self.run_id, self.plan.to_dict(), self.plan.job.storage_folder)
         self._note(self.run_id, open=True)

@@ -63,7 +63,7 @@ from temper.run_folder import (
 from temper.storage import absolute_storage
 from temper.tracking.delivery import is_lost, replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
-from temper.tracking.mlflow_store import RunGoneError, RunStatus, tracking_uri
+from temper.tracking.mlflow_store import RunGoneError, RunStatus, check_access, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 POLL_S = 0.1
@@ -246,7 +246,8 @@ def _run(spec: WorkerSpec, command: str, kind: str, session: RaySession, display
     if not session.is_started:
         display.stage("starting Ray")
     _begin_imports()
-    session.start(plan.run_folder / "logs")
+    with access_checked(tracking_uri(plan.job), plan.job):
+        session.start(plan.run_folder / "logs")
     ingest(plan.job.data, plan.data, plan.job.storage_folder, display.stage)
     _cache_teacher(spec, display)
     tracking = _Tracking(plan, command, kind)
@@ -279,6 +280,16 @@ def _cache_teacher(spec: WorkerSpec, display: Display) -> None:
         from temper.launch.teacher_cache import make_cache
 
         make_cache(spec.plan, spec.import_folders, display.stage)
+
+
+@contextmanager
+def access_checked(uri: str, job: JobConfig) -> Iterator[None]:
+    """Beside what is done in the block: raises RunError at its end where MLflow refuses this user, whom all steps would
+    be computed for in vain."""
+    with ThreadPoolExecutor(1) as executor:
+        checked = executor.submit(check_access, uri, job.tracking.experiment)
+        yield
+        checked.result()
 
 
 def _begin_imports() -> None:

@@ -63,7 +63,15 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where `--json` has its result
 }
+
+
+_REFUSALS = {
+    "UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    "PERMISSION_DENIED": "ask who made the experiment for the permission EDIT, or set tracking.experiment",
+}
+"""What a user can do, by MLflow's code for why it refuses."""
 
 
 class RefusedError(Exception):
@@ -104,6 +112,19 @@ def build_client(uri: str) -> MlflowClient:
     with _alone(uri):
         _create_database(uri)
         return MlflowClient(tracking_uri=uri)
+
+
+def check_access(uri: str, experiment: str) -> None:
+    """Raises RunError where a server is up and refuses this user; one that is away is no reason to wait."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        build_client(uri).get_experiment_by_name(experiment)
+    except Exception as error:  # which one depends on the store
+        remedy = _REFUSALS.get(getattr(error, "error_code", ""))
+        if remedy is not None:
+            what = f"tracking.uri: {redact_text(uri)} refuses this user ({first_line(error)})"
+            raise RunError(f"{what}; {remedy}") from error
 
 
 def _create_database(uri: str) -> None:
@@ -156,10 +177,12 @@ def open_run(
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, str] | None = None,
+    began_ms: int | None = None,
 ) -> str:
     """Create the run of `plan`, or go on with run `run_id`; return the run's id. A new one has the job's name unless
     another is given, the `tags`, of which `temper.kind` is `run` unless they say otherwise, and the `params` beside
-    those of the job; `created` is called with its id before anything else is logged.
+    those of the job. It began at `began_ms`, by default now; `created` is called with its id before anything else is
+    logged.
 
     Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
     that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
@@ -169,12 +192,14 @@ def open_run(
         client = build_client(uri)
         run = _find_run(client, run_id) if run_id else None
         if run is None:
-            run = _create_run(client, uri, plan, name or plan.job.name, tags or {})
+            experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
+            known = {"temper.kind": "run", **(tags or {})}
+            run = create_run(client, experiment_id, name or plan.job.name, known, began_ms)
             created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
         _log_description(client, run, plan, job_yaml=job_yaml, command=command, params=params or {})
     except Exception as error:  # which one depends on the store: MlflowException, sqlalchemy's, requests', OSError
-        remedy = "start the server or set tracking.uri"
+        remedy = _REFUSALS.get(getattr(error, "error_code", ""), "start the server or set tracking.uri")
         if "schema" in str(error) and "upgrade" in str(error):
             remedy = "run `mlflow db upgrade` on it, after a backup"
         raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {first_line(error)}; {remedy}") from error
@@ -333,11 +358,6 @@ def log_outcome(
             client.log_text(run_id, text, path)
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} does not take results: {first_line(error)}") from error
-
-
-def _create_run(client: MlflowClient, uri: str, plan: Plan, name: str, tags: Mapping[str, str]) -> Run:
-    experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
-    return create_run(client, experiment_id, name, {"temper.kind": "run", **tags})
 
 
 def create_run(

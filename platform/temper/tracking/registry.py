@@ -68,6 +68,7 @@ def register_export(uri: str, export: Export) -> str:
                 tags=dict(export.tags),
                 description=f"{export.description}\n\n{_link(experiment_id, export.run_id)}",
                 model_id=logged.model_id,
+                await_creation_for=0,
             ).version
         )
         client.set_logged_model_tags(

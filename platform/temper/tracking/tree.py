@@ -216,8 +216,11 @@ class RunTree:
             **({"temper.computed_by": phase.computed_by} if phase.computed_by else {}),
             **origin_tags(parent.data.tags.get("temper.command", "")),
         }
-        # A phase that was there took no time here.
-        started_ms = parent.info.start_time if phase.is_reused or not phase.started_ms else phase.started_ms
+        # A phase that was there took no time here; and MLflow shows runs in the order of their beginnings.
+        index = [each["name"] for each in self._plan["phases"]].index(phase.name)
+        started_ms = phase.started_ms
+        if phase.is_reused or not started_ms:
+            started_ms = parent.info.start_time + index
         run = create_run(client, parent.info.experiment_id, phase.name, tags, started_ms)
         params = {"phase.steps": str(phase.steps), "phase.lr": f"{phase.lr:g}", "phase.pruned": phase.pruned}
         new = [Param(key, value) for key, value in safe_params(params).items() if value]

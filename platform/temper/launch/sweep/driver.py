@@ -30,7 +30,7 @@ from temper.launch.sweep.parent import close_sweep, log_reports, tell_outcome
 from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
 from temper.launch.sweep.spec import SweepSpec
 from temper.launch.sweep.winner import name_winner
-from temper.launch.train import RunInterrupted, TrainOptions, stop_on_signal
+from temper.launch.train import RunInterrupted, TrainOptions, access_checked, stop_on_signal
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.room import shape_of
@@ -149,7 +149,8 @@ def _run(
             fetch_files(kind)
     if not session.is_started:
         display.stage("starting Ray")
-    session.start(spec.folder / "logs")
+    with access_checked(spec.uri, spec.job({})):
+        session.start(spec.folder / "logs")
     from temper.launch.audit import take_inventory
 
     before = take_inventory()
