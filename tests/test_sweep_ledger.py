@@ -24,7 +24,9 @@ from temper.launch.sweep.ledger import Ledger, LedgerTrial, find_trial, params_k
 from temper.launch.sweep.tracking import SweepTracking
 from temper.launch.tracked_run import TrackedRun
 from temper.plan.build import Plan
-from temper.run_folder import HISTORY, RUN
+from temper.plan.phases import PhasePlan
+from temper.run_folder import HISTORY, PHASE_MANIFEST, PLAN, RUN
+from temper.tracking import history
 from temper.tracking.history import History, Record
 from temper.tracking.mlflow_store import RunGoneError
 from test_sweep_trial import evaluated, facts, planned, record  # noqa: F401
@@ -444,6 +446,82 @@ def test_a_store_that_came_back_empty_is_given_the_whole_tree_again(store: Store
     assert not {*found} & store.gone
     assert [store.points[run_id] for run_id in found] == [ended, steps]
     assert [store.runs[run_id]["status"] for run_id in found] == ["FINISHED", "KILLED"]
+
+
+def test_of_a_phase_that_another_trial_computed_a_trial_has_an_extract(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is complete; of its own phases it has every step."""
+    monkeypatch.setattr(history, "_EXTRACT", 5)
+    first, second = (trial_plan(f"t00{number}") for number in range(2))
+    sweep = begun(store)
+    for plan in (first, second):
+        sweep.begin(trial_run(plan))
+    dense, sparse = first.phases[:2]
+    steps = [*range(1, dense.last_step + 1)]
+    mark(first, dense)
+    write_history(first, dense.name, [(evaluated if step % 40 == 0 else record)(step) for step in steps])
+    store.wait_for("run 0", steps)
+    assert store.points["run 1"] == []
+    write_json(first.phase_folder(dense) / PHASE_MANIFEST, {})
+    mark(second, sparse)
+    write_history(second, sparse.name, [record(step) for step in range(101, 111)])
+    sweep.end(first, "KILLED", {})
+    sweep.end(second, "KILLED", {})
+    assert sweep.close() == []
+    assert store.points["run 1"] == [25, 40, 75, 80, 100, *range(101, 111)]
+
+
+def mark(plan: Plan, phase: PhasePlan) -> None:
+    """As the trial does that computes it."""
+    plan.phase_folder(phase).mkdir(parents=True)
+    write_json(plan.phase_folder(phase) / PLAN, plan.to_dict())
+
+
+class System:
+    """The use of the nodes, which the sweep's own run is given; it is gone once."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.samples, self.delivered = store, 0, 0
+        self.is_gone = False
+
+    def open(self, parent: str) -> Any:
+        return self
+
+    def deliver(self) -> None:
+        if self.is_gone:
+            self.is_gone = False
+            raise RunGoneError("sweep")
+        self.delivered = self.samples
+
+
+def test_the_last_samples_of_the_nodes_arrive(store: Store) -> None:
+    system = System(store)
+    sweep = SweepTracking(store.open_sweep, lambda: None, system.open)
+    plan = trial_plan("t000")
+    steps = write_whole(plan)
+    sweep.begin(trial_run(plan))
+    sweep.end(plan, "FINISHED", {})
+    store.wait_for("run 0", steps)
+    system.samples = 7
+    assert sweep.close() == []
+    assert (system.delivered, sweep.parent_id, store.opened) == (7, "sweep", ["sweep", "run 0"])
+
+
+def test_a_store_that_lost_the_sweep_after_its_trials_is_given_all_again(store: Store) -> None:
+    system = System(store)
+    sweep = SweepTracking(store.open_sweep, lambda: None, system.open)
+    plan = trial_plan("t000")
+    steps = write_whole(plan)
+    sweep.begin(trial_run(plan))
+    sweep.end(plan, "FINISHED", {})
+    while not (read_json(plan.run_folder / RUN) or {}).get("delivered"):
+        threading.Event().wait(0.001)
+    store.come_back_empty()
+    system.samples, system.is_gone = 7, True
+    assert sweep.close() == []
+    assert store.opened == ["sweep", "run 0", "sweep", "run 1"]
+    assert (store.points["run 1"], store.runs["run 1"]["status"], system.delivered) == (steps, "FINISHED", 7)
 
 
 def test_a_real_store_has_the_tree(tmp_path: Path) -> None:

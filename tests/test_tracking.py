@@ -24,7 +24,16 @@ from temper.errors import RunError
 from temper.files import write_json
 from temper.tracking import delivery, history, mlflow_store, ui
 from temper.tracking.delivery import Delivery, OpenSink, Queue, RunTracker, is_lost, replay, take_batch
-from temper.tracking.history import Histories, History, HistoryTail, PhaseHistory, Record, last_step, read_history
+from temper.tracking.history import (
+    Histories,
+    History,
+    HistoryExtract,
+    HistoryTail,
+    PhaseHistory,
+    Record,
+    last_step,
+    read_history,
+)
 from temper.tracking.mlflow_store import (
     PROGRESS_METRIC,
     RefusedError,
@@ -201,6 +210,52 @@ def test_tail_skips_damage_and_what_is_known(tmp_path: Path) -> None:
     assert steps(HistoryTail(path, after_step=1).poll()) == [2, 3, 4]
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), max_size=60), st.integers(0, 200), st.booleans())
+def test_tail_begins_near_the_step_that_is_known(lines: list[tuple[int, int]], after: int, is_cut: bool) -> None:
+    """Steps that rise by any number, records of any length, every tenth line damaged, the last perhaps cut short."""
+    found, content = [], []
+    for index, (rise, width) in enumerate(lines):
+        item = record((found[-1]["step"] if found else 0) + rise, **{f"eval/{i}": 0.5 for i in range(width)})
+        found.append(item)
+        content.append(json.dumps(item).encode() + b"\n" + (b"garbage\n" if index % 10 == 9 else b""))
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "_SEARCHED_BYTES", 64)
+        path = Path(name) / "h"
+        path.write_bytes(b"".join(content) + (b'{"step": 1' if is_cut else b""))
+        assert HistoryTail(path, after).poll() == [item for item in found if item["step"] > after]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "expected"),
+    [
+        (7, 3, [1, 2, 3, 4, 5, 6, 7]),
+        (40, 10, [5, 10, 15, 20, 25, 30, 35, 40]),
+        (41, 10, [7, 10, 20, 21, 30, 34, 40, 41]),
+        (40, 2, [4, 10, 16, 22, 26, 32, 38, 40]),
+    ],
+)
+def test_extract_has_the_evaluations_and_the_last_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, every: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(history, "_EXTRACT", 8)
+    phase = PhaseHistory("dense", tmp_path / "h", last)
+    extract = HistoryExtract(phase)
+    assert extract.poll() == []
+    all_of_it = [record(step, **({"eval/loss": 0.5} if step % every == 0 else {})) for step in range(1, last + 1)]
+    written = History(phase.path)
+    written.append(all_of_it[:-1])
+    assert extract.poll() == []
+    written.append(all_of_it[-1:])
+    with phase.path.open("ab") as file:
+        file.write(b"\0" * 4096)  # what a power cut left behind
+
+    assert steps(extract.poll(limit=3)) == expected[:3]
+    assert steps(extract.poll()) == expected[3:]
+    assert extract.poll() == []
+    assert HistoryExtract(phase, after_step=expected[3]).poll() == [all_of_it[step - 1] for step in expected[4:]]
+
+
 # ------------------------------------------------------------------------------------------------------ delivery
 
 
@@ -340,6 +395,27 @@ def test_close_gives_up_in_time_and_replay_completes(tmp_path: Path) -> None:
     assert replay("http://server", "run", dense(tmp_path / "h"), open_sink=server.open)
     assert replay("http://server", "run", dense(tmp_path / "h"), open_sink=server.open)
     assert server.stored == records(1, 5)
+
+
+def test_replay_knows_what_is_late_from_what_is_there(tmp_path: Path) -> None:
+    """However short its time: it sends something, and what the server has needs none."""
+    path, server = tmp_path / "h", FakeServer()
+    History(path).append(records(1, 2500))
+    calls = [replay("http://server", "run", dense(path), timeout_s=0.0, open_sink=server.open) for _ in range(4)]
+    assert calls == [False, False, True, True]
+    assert server.stored == records(1, 2500)
+
+
+def test_replay_of_what_is_there_does_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, server, parse = tmp_path / "h", FakeServer(), history.parse_record
+    wide = [record(step, **{f"train/{i}": 0.125 for i in range(20)}) for step in range(1, 5001)]
+    History(path).append(wide)
+    server.stored = wide[:4990]
+    parsed: list[bytes] = []
+    monkeypatch.setattr(history, "parse_record", lambda line: parsed.append(line) or parse(line))
+    assert replay("http://server", "run", dense(path), timeout_s=0.0, open_sink=server.open)
+    assert server.stored == wide
+    assert sum(map(len, parsed)) < 2 * history._SEARCHED_BYTES < path.stat().st_size / 10
 
 
 def test_replay_changes_nothing_in_the_history(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from temper.launch.tracked_run import TrackedRun
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.run_folder import HISTORY, LOCK, PHASE_MANIFEST, PLAN, RUN
+from temper.tracking.description import phases_tags, told_phases
 from temper.tracking.history import History
 from temper.tracking.mlflow_store import build_client, open_parent
 from temper.tracking.tree import read_phases
@@ -114,8 +115,15 @@ def test_every_phase_is_a_run_with_its_evaluations(uri: str, plan: Plan) -> None
         (phase.name, ended[phase.name].info.run_id) for phase in plan.phases
     ]
     assert f"runs/{dense.info.run_id}" in known.data.tags["mlflow.note.content"]
-    told_at_last = {"uri": uri, "run_id": run.run_id, "command": COMMAND, "open": False, "delivered": True}
-    assert read_json(run.record) == told_at_last
+    assert read_json(run.record) == {
+        "uri": uri,
+        "run_id": run.run_id,
+        "command": COMMAND,
+        "storage_id": known.data.tags["temper.storage.id"],
+        "open": False,
+        "status": "FINISHED",
+        "delivered": True,
+    }
     (data,) = known.inputs.dataset_inputs
     assert data.dataset.digest == plan.data.fingerprint[:36]
 
@@ -237,13 +245,13 @@ def test_a_sweep_that_was_left_open_is_settled_with_its_trials(uri: str, plan: P
 
 def test_a_run_without_its_folder_is_ended_by_what_it_says_of_itself(uri: str, plan: Plan) -> None:
     run_id = opened(uri, plan).run_id
-    name = str(plan.job.storage_folder)
-    assert settle_lost(plan.job.storage_folder, name, uri) == []
+    storage = plan.job.storage_folder
+    assert settle_lost(storage, uri) == []
     shutil.rmtree(plan.run_folder)
-    (settled,) = settle_lost(plan.job.storage_folder, name, uri)
+    (settled,) = settle_lost(storage, uri)
     assert (settled.run_id, status(uri, run_id)) == (run_id, "KILLED")
     with pytest.raises(RunError, match="cannot be asked"):
-        settle_lost(plan.job.storage_folder, name, "http://127.0.0.1:9")
+        settle_lost(storage, "http://127.0.0.1:9")
 
 
 def test_a_store_that_is_away_is_asked_again_the_next_time(
@@ -256,3 +264,97 @@ def test_a_store_that_is_away_is_asked_again_the_next_time(
     write_json(plan.run_folder / RUN, {"uri": uri, "run_id": run_id, "open": True})
     monkeypatch.undo()
     assert [each.run_id for each in reconcile(plan.job.storage_folder)] == [run_id]
+
+
+def test_the_last_records_that_a_killed_command_had_not_reported_are_delivered(uri: str, plan: Plan) -> None:
+    """The manifest is written before the last report is heard; the checkpoint has its records."""
+    compute(plan, "dense")
+    dense = plan.phases[0]
+    folder = plan.phase_folder(dense)
+    (folder / HISTORY).write_text("")
+    History(folder / HISTORY).append([record(1)])
+    run = opened(uri, plan)
+    assert phases_of(uri, run.run_id)["dense"].info.status == "RUNNING"
+    run_id = run.run_id
+    del run
+    checkpoint = folder / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "manifest.json", {})
+    (checkpoint / "records.jsonl").write_text(json.dumps(evaluated(100)) + "\n")
+    write_json(plan.run_folder / PLAN, plan.to_dict())
+    reconcile(plan.job.storage_folder)
+    assert [step for step, _ in points(uri, run_id, "train/loss")] == [1, 100]
+    assert points(uri, phases_of(uri, run_id)["dense"].info.run_id, "eval/accuracy") == [(100, 0.5)]
+
+
+def test_one_run_that_is_gone_or_away_keeps_no_other_from_its_end(uri: str, plan: Plan) -> None:
+    others = [replace(plan, place=f"{name}-run") for name in ("a", "b", "c")]
+    ids = [left(uri, other) for other in others]
+    build_client(uri).delete_run(ids[0])
+    write_json(others[1].run_folder / RUN, {"uri": "http://127.0.0.1:9", "run_id": ids[1], "open": True})
+    assert [each.run_id for each in reconcile(plan.job.storage_folder)] == [ids[2]]
+
+
+def test_a_run_of_another_machine_is_left_alone(uri: str, plan: Plan) -> None:
+    """It was brought here from a bucket."""
+    run_id = left(uri, plan)
+    known = read_json(plan.run_folder / RUN) or {}
+    write_json(plan.run_folder / RUN, {**known, "storage_id": "another"})
+    assert reconcile(plan.job.storage_folder) == []
+    assert status(uri, run_id) == "RUNNING"
+
+
+# ------------------------------------------------------------------------------------------------- a store that fails
+
+
+FAILING = ["create_run", "log_batch", "search_runs", "set_terminated", "set_tag", "get_run"]
+
+
+@pytest.mark.parametrize("applied", [False, True], ids=["refused", "answer lost"])
+@pytest.mark.parametrize("call", FAILING)
+def test_a_request_that_fails_doubles_and_loses_nothing(
+    uri: str, plan: Plan, monkeypatch: pytest.MonkeyPatch, call: str, applied: bool
+) -> None:
+    from mlflow import MlflowClient
+
+    whole = getattr(MlflowClient, call)
+    failures = []
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if applied:
+            whole(self, *args, **kwargs)
+        failures.append(call)
+        monkeypatch.setattr(MlflowClient, call, whole)
+        raise ConnectionError("reset by peer")
+
+    compute(plan, "dense", "sparse-1", "redense-1")
+    monkeypatch.setattr(MlflowClient, call, fail)
+    own = TrackedRun(uri, plan, COMMAND)
+    while not own.run_id or own._tree is None:
+        try:
+            own.open()
+        except RunError:
+            continue
+    assert own.end("FINISHED")
+    assert failures == [call]
+    client = build_client(uri)
+    (found,) = client.search_runs(["1"], f"tags.`temper.kind` = 'run' and tags.`temper.storage` = '{plan.job.storage}'")
+    assert found.info.run_id == own.run_id
+    phases = phases_of(uri, own.run_id)
+    assert {name: each.info.status for name, each in phases.items()} == dict.fromkeys(phases, "FINISHED")
+    assert sorted(phases) == ["dense", "redense-1", "sparse-1"]
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{own.run_id}'")
+    assert len(children) == 3
+    told = json.loads(client.get_run(own.run_id).data.tags["temper.phases"])
+    assert [each["run_id"] for each in told] == [phases[phase.name].info.run_id for phase in plan.phases]
+    for each in phases.values():
+        assert len(points(uri, each.info.run_id, "eval/accuracy")) == 1
+        assert each.data.params["phase.steps"]
+
+
+def test_a_job_of_very_many_phases_is_told_whole() -> None:
+    phases = [{"name": f"sparse-{number}", "fingerprint": "f" * 64, "steps": number} for number in range(300)]
+    tags = phases_tags(phases)
+    assert len(tags) > 1 and max(map(len, tags.values())) <= 8000
+    assert told_phases(tags) == phases
+    assert told_phases({}) == []

@@ -175,9 +175,14 @@ def alive_at(now_ns: int, holders: Iterable[Holder]) -> list[Holder]:
 
 def working_folder_id(remote: Remote) -> str:
     """A name that no other working folder has, on no machine."""
-    file, made = remote.folder / "id", remote.folder / f".id.{uuid.uuid4().hex}"
+    return folder_id(remote.folder)
+
+
+def folder_id(folder: Path) -> str:
+    """A name that no other folder has, on no machine; it is kept in the folder."""
+    file, made = folder / "id", folder / f".id.{uuid.uuid4().hex}"
     if not file.exists():
-        remote.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         made.write_text(uuid.uuid4().hex)
         with suppress(FileExistsError):
             os.link(made, file)

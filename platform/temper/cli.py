@@ -168,7 +168,8 @@ def _verify(options: argparse.Namespace) -> int:
             where = f"{comparison.dtype} {comparison.phase} step {step.step}"
             _say(f"  {where}: loss {step.loss:.6f}; largest errors: {worst}")
     _say(f"{job.name}: {'equal to one process' if done.difference is None else 'DIFFERS: ' + done.difference}")
-    _say(f"  certificate in MLflow run {done.run_id}")
+    if done.run_id:
+        _say(f"  certificate in MLflow run {done.run_id}")
     _print_json(options, {"status": "equal" if done.difference is None else "differs", **done.to_dict()})
     return EXIT_DONE if done.difference is None else EXIT_FAILED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from temper.data.batches import Batch
 from temper.data.sources import SplitName
 from temper.engine.base import LossFunction
-from temper.files import read_json, write_json
+from temper.files import read_json, replaced, write_json
 from temper.metrics import Metrics
 from temper.outputs import logits_of
 from temper.parallel.groups import Group
@@ -170,10 +169,8 @@ class TeacherView:
 
 def _write_answers(path: Path, answers: Answers) -> None:
     """In the smallest type that holds them; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as content:
+    with replaced(path) as temporary, temporary.open("wb") as content:
         np.save(content, answers.astype(np.min_scalar_type(answers.max())), allow_pickle=False)
-    os.replace(temporary, path)
 
 
 def _read_answers(file: Path) -> Answers | None:

@@ -19,6 +19,7 @@ REPORT = "report.html"  # what `temper report` writes, also of a sweep
 GIT = "git.json"  # the state of the repository in which the command was typed
 ENVIRONMENT = "environment.txt"  # versions of Python and the packages
 REGISTERED = "registered.json"  # which version of a registered model the run has become
+TRACKING_LOCK = "tracking.lock"  # held by the process that opens the run in MLflow and brings it to its end
 LOCK = "lock"  # held by the command that writes in the run's folder and delivers to the run in MLflow
 STOP = "stop"  # its presence asks the workers to save and stop
 

@@ -32,7 +32,7 @@ from packaging.version import Version
 from temper.errors import RunError
 from temper.launch.reconcile import reconcile, settle_lost
 from temper.plan.checks import check_tracking_uri
-from temper.storage import remote_of, storage_name
+from temper.storage import remote_of
 from temper.tracking.mlflow_store import storage_uri
 from temper.tracking.redact import redact_text
 
@@ -245,7 +245,7 @@ def _check_runs(storage: Path) -> Iterator[Finding]:
     settled = reconcile(storage)
     if uri.startswith(("http://", "https://")) or os.path.exists(uri.removeprefix("sqlite:///")):
         try:
-            settled += settle_lost(storage, storage_name(storage.absolute()), uri)
+            settled += settle_lost(storage, uri)
         except RunError as error:
             yield Finding("runs", "warning", str(error), "see what the check on tracking says")
     if not settled:

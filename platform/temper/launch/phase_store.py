@@ -208,8 +208,20 @@ def is_complete(plan: Plan, phase: PhasePlan) -> bool:
 def complete_history(plan: Plan, phase: PhasePlan) -> None:
     """Appends to the history of a complete phase what a process that died between the phase's end and its last report
     had not reported: the checkpoints have those records, too. For who has the phase claimed."""
-    folder = plan.phase_folder(phase)
-    if not is_complete(plan, phase) or last_step(folder / HISTORY) >= phase.last_step:
+    if is_complete(plan, phase):
+        _complete_history(plan.phase_folder(phase), phase.last_step)
+
+
+def settle_history(folder: Path, until: int) -> None:
+    """:func:`complete_history` of the phase in this folder, whose last step is `until`, where it is complete and nobody
+    has it claimed. Raises HeldError where a process writes it."""
+    if read_phase(folder) is not None and last_step(folder / HISTORY) < until:
+        with claimed(_lock(folder), f"phase {folder.name[:10]}"):
+            _complete_history(folder, until)
+
+
+def _complete_history(folder: Path, until: int) -> None:
+    if last_step(folder / HISTORY) >= until:
         return
     from temper.checkpoint import RECORDS, list_checkpoints
 

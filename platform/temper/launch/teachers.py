@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ from temper.products import (
 )
 from temper.remote_store import has_phase
 from temper.run_folder import JOB, PHASE_MANIFEST, PLAN
-from temper.tracking.description import PHASES_TAG
+from temper.tracking.description import told_phases
 
 Answer = TypeVar("Answer")
 
@@ -323,7 +324,7 @@ def _teacher_of_run(search: Search, run_id: str) -> Teacher:
 
 def _tagged_phases(tags: dict[str, str]) -> dict[str, str]:
     """Names and fingerprints of a run's phases by its tags; the last one last."""
-    return {phase["name"]: phase["fingerprint"] for phase in json.loads(tags.get(PHASES_TAG, "[]"))}
+    return {phase["name"]: phase["fingerprint"] for phase in told_phases(tags)}
 
 
 def _teacher_of_folder(search: Search, folder: Path) -> Teacher:
@@ -427,8 +428,7 @@ def _download(search: Search, to: Path, download: Callable[[Path], Path | None])
     """Brings an export to the folder `to`, whole or not at all, unless it is there; whether it is."""
     if to.is_dir():
         return True
-    unfinished = to.with_name(f".{to.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = to.with_name(f".{to.name}.{uuid.uuid4().hex}")  # trials are planned in threads of one process
     unfinished.mkdir(parents=True)
     try:
         found = _answer(search, lambda: download(unfinished))

@@ -7,6 +7,7 @@ The run's folder is an interface: `job.yaml`, `plan.json`, `run.json` (the MLflo
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -30,7 +31,7 @@ from temper.files import read_json, read_lines, write_json
 from temper.launch.cluster import RaySession, cluster_shape, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.phase_store import claim_phases, complete_history, forget_phases, is_complete
-from temper.launch.reconcile import reconcile
+from temper.launch.reconcile import reconcile, settle
 from temper.launch.teacher_runs import (
     TeacherResult,
     claim_teacher,
@@ -41,7 +42,7 @@ from temper.launch.teacher_runs import (
 )
 from temper.launch.teachers import plan_job
 from temper.launch.tracked_run import TrackedRun
-from temper.locks import claimed
+from temper.locks import claimed, is_held
 from temper.plan.build import Plan
 from temper.plan.distill import Teacher
 from temper.plan.phases import PhasePlan
@@ -58,14 +59,18 @@ from temper.run_folder import (
     STAGES,
     STOP,
     SYSTEM,
+    TRACKING_LOCK,
     WorkerSpec,
 )
 from temper.storage import absolute_storage
 from temper.tracking.delivery import is_lost, replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
-from temper.tracking.mlflow_store import RunGoneError, RunStatus, check_access, tracking_uri
+from temper.tracking.mlflow_store import RunGoneError, RunStatus, check_access, first_line, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
+log = logging.getLogger(__name__)
+
+_LACKS = "MLflow lacks what the history of this run has"
 POLL_S = 0.1
 _FOLLOW_S = 1.0  # between two looks at what MLflow is to be told
 _RETRY_S = 10.0  # before a store is asked again to open a run
@@ -191,6 +196,7 @@ def _train_teacher(teacher: Teacher, options: TrainOptions, session: RaySession)
 
 def _forget(plan: Plan, stack: ExitStack) -> tuple[PhasePlan, ...]:
     """`--fresh`: all phases are computed again, in a new MLflow run."""
+    settle(plan.run_folder)  # else its old run would stay open for ever
     phases = forget_phases(plan, stack)
     for name in (RUN, SYSTEM):
         (plan.run_folder / name).unlink(missing_ok=True)
@@ -266,6 +272,9 @@ def _run(spec: WorkerSpec, command: str, kind: str, session: RaySession, display
             status = "KILLED"
             raise RunInterrupted("stopped; the state is saved, the same command goes on from it")
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         for phase in pending:
             fetch_phase(plan.phase_folder(phase))  # which workers on other nodes may have completed
@@ -284,12 +293,20 @@ def _cache_teacher(spec: WorkerSpec, display: Display) -> None:
 
 @contextmanager
 def access_checked(uri: str, job: JobConfig) -> Iterator[None]:
-    """Beside what is done in the block: raises RunError at its end where MLflow refuses this user, whom all steps would
-    be computed for in vain."""
-    with ThreadPoolExecutor(1) as executor:
-        checked = executor.submit(check_access, uri, job.tracking.experiment)
-        yield
-        checked.result()
+    """Beside what is done in the block: raises RunError at its end where MLflow has refused this user by then, whom all
+    steps would be computed for in vain. A server that has not answered is not waited for."""
+    refusals: list[RunError] = []
+
+    def check() -> None:
+        try:
+            check_access(uri, job.tracking.experiment)
+        except RunError as error:
+            refusals.append(error)
+
+    threading.Thread(target=check, daemon=True).start()
+    yield
+    if refusals:
+        raise refusals[0]
 
 
 def _begin_imports() -> None:
@@ -308,9 +325,6 @@ def prepare_folders(spec: WorkerSpec) -> None:
     Flag(folder / STOP, plan.cluster.nodes).clear()
     for name in (STAGES, FAILURES):
         (folder / name).unlink(missing_ok=True)
-    known = read_json(folder / RUN)
-    if known is not None:
-        write_json(folder / RUN, {**known, "open": False, "delivered": False})
     for place in (folder, *map(spec.phase_folder, spec.phases)):
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(job_to_yaml(plan.job))
@@ -330,6 +344,7 @@ class _Tracking:
         self._run = tracked_run(plan, command, kind)
         self._executor = ThreadPoolExecutor(1, "tracking")
         self._opening: Future[None] | None = None
+        self._growing: Future[None] | None = None
         self._tried_s = 0.0
 
     def follow(self) -> None:
@@ -337,11 +352,12 @@ class _Tracking:
         their own runs."""
         if self._opening is None:
             self._open()
-            self._executor.submit(reconcile, self._plan.job.storage_folder)
+            # Nobody waits for it, and what it has begun it may go on with the next time.
+            threading.Thread(target=reconcile, args=(self._plan.job.storage_folder,), daemon=True).start()
         elif time.monotonic() - self._tried_s > _RETRY_S and self._is_wanting(self._opening):
             self._open()
-        if self._run.has_grown():
-            self._executor.submit(self._run.grow)
+        if self._run.has_grown() and (self._growing is None or self._growing.done()):
+            self._growing = self._executor.submit(self._run.grow)
 
     def _is_wanting(self, opening: Future[None]) -> bool:
         return opening.done() and (opening.exception() is not None or is_lost(self._run.record))
@@ -355,10 +371,11 @@ class _Tracking:
         try:
             if not self._run.run_id:
                 self._run.open()
+            self._run.note_status(status)
             if not _deliver(self._run, status):
                 raise RunError("the store did not take the end of the run in time")
-        except RunError as error:
-            display.note(f"MLflow lacks what the history of this run has ({error}); the same command delivers it later")
+        except Exception as error:  # of the store, or of a full disk
+            display.note(f"{_LACKS} ({first_line(error)}); the same command delivers it later")
 
 
 def tracked_run(plan: Plan, command: str, kind: str = "run") -> TrackedRun:
@@ -508,11 +525,15 @@ def _replay(run: TrackedRun) -> bool:
 def _deliver_late(spec: WorkerSpec, command: str, kind: str = "run") -> None:
     """Delivers a finished run that MLflow could not take when it ended, or that died between its end and that."""
     known = read_json(spec.run_folder / RUN) or {}
-    if not known.get("delivered"):
-        prepare_folders(spec)
-        run = tracked_run(spec.plan, command, kind)
+    if known.get("delivered") and known.get("status", "FINISHED") == "FINISHED":
+        return
+    prepare_folders(spec)
+    run = tracked_run(spec.plan, command, kind)
+    try:
         run.open()
         _deliver(run, "FINISHED")
+    except Exception as error:  # of the store, or of a full disk
+        log.warning("%s (%s); the same command delivers it later", _LACKS, first_line(error))
 
 
 def _register(plan: Plan) -> dict[str, str]:
@@ -528,8 +549,8 @@ def _register(plan: Plan) -> dict[str, str]:
 
     try:
         registered = asdict(register_run(plan.run_folder, name))
-    except TemperError as error:
-        return {"uri": "", "alias": "", "note": f"the run could not be registered: {error}"}
+    except Exception as error:  # which one depends on the store, the disk and torch
+        return {"uri": "", "alias": "", "note": f"the run could not be registered: {first_line(error)}"}
     write_json(plan.run_folder / REGISTERED, {"name": name, "run_id": run_id, "registered": registered})
     return registered
 
@@ -540,6 +561,8 @@ def _deliver_teachers(plan: Plan, command: str) -> None:
         own = teacher.plan
         if own is None or not (own.run_folder / RUN).exists() or not all(is_complete(own, each) for each in own.phases):
             continue
+        if is_held(own.run_folder / TRACKING_LOCK):
+            continue  # a sweep's process is at it
         try:
             with claimed(own.run_folder / LOCK, f"{own.job.name}, {own.fingerprint[:10]},"):
                 _deliver_late(WorkerSpec(own, (), teacher.import_folders), command, "teacher")

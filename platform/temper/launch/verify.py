@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def launch_verify(
     """Verifies `job`; `say` is told what is being done, for people.
 
     Teachers that have not been trained are trained first. The certificate lies in `<run folder>/verify.json` and in an
-    MLflow run of its own. Raises JobError where the job cannot be planned or has no equal in one process, and RunError
+    MLflow run of its own, `run_id`, which is empty where MLflow does not take it. Raises JobError where the job cannot be planned or has no equal in one process, and RunError
     where a step fails.
     """
     started = time.perf_counter()
@@ -85,7 +85,7 @@ def launch_verify(
         ingest(job.data, plans[-1].data, job.storage_folder, say)
         comparisons = _compare_all(plans, references, steps, job_folder, say, embedded=session.is_embedded)
     certificate = _certificate(plans[-1], references[-1], steps, comparisons, time.perf_counter() - started)
-    return _keep(certificate, plans[-1], command)
+    return _keep(certificate, plans[-1], command, say)
 
 
 def _check_mode(job: JobConfig) -> None:
@@ -199,19 +199,28 @@ def _topology(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _keep(certificate: Certificate, plan: Plan, command: str) -> Certificate:
-    """Writes the certificate where the run's files are, and into MLflow."""
-    uri = tracking_uri(plan.job)
-    run_id = open_run(
-        uri,
-        plan,
-        job_yaml=job_to_yaml(plan.job),
-        command=command,
-        name=f"{plan.job.name} verify",
-        tags={"temper.kind": "verify"},
-    )
-    certificate = Certificate(**{**vars(certificate), "run_id": run_id})
-    write_json(plan.run_folder / CERTIFICATE, certificate.to_dict())
-    log_certificate(uri, run_id, certificate.to_dict(), "equal" if certificate.difference is None else "differs")
-    close_run(uri, run_id, "FINISHED" if certificate.difference is None else "FAILED")
-    return certificate
+def _keep(certificate: Certificate, plan: Plan, command: str, say: Callable[[str], None]) -> Certificate:
+    """Writes the certificate where the run's files are, and into MLflow, if that takes it: a proof that took minutes is
+    not lost with a store that is away."""
+    uri, file, opened = tracking_uri(plan.job), plan.run_folder / CERTIFICATE, list[str]()
+    verdict, status = ("equal", "FINISHED") if certificate.difference is None else ("differs", "FAILED")
+    write_json(file, certificate.to_dict())
+    try:
+        run_id = open_run(
+            uri,
+            plan,
+            job_yaml=job_to_yaml(plan.job),
+            command=command,
+            created=opened.append,
+            name=f"{plan.job.name} verify",
+            tags={"temper.kind": "verify"},
+        )
+        logged = replace(certificate, run_id=run_id)
+        log_certificate(uri, run_id, logged.to_dict(), verdict)
+    except RunError as error:
+        logged = certificate
+        say(f"MLflow lacks the certificate, which is {file}: {error}")
+    for run_id in opened:
+        close_run(uri, run_id, status)
+    write_json(file, logged.to_dict())
+    return logged

@@ -10,6 +10,7 @@ the driver, which reads it, opens another run and names that in the record.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -42,12 +43,26 @@ class Sink(Protocol):
     def send(self, records: Sequence[Record]) -> None: ...
 
 
+class Tail(Protocol):
+    """Where the records of a phase come from, each once; :class:`HistoryTail`, or what gives a part of them."""
+
+    def poll(self, limit: int | None = None) -> list[Record]: ...
+
+
 OpenSink = Callable[[str, str], Sink]
+OpenTail = Callable[[PhaseHistory, int], Tail | None]
+"""The records of a phase after a step; None where it is not known yet which of them are wanted."""
 open_system: OpenSink = partial(RunMetrics, progress=is_system_progress)
 
 
-def _nothing(phase: str) -> list[Record]:
+def nothing(phase: str) -> list[Record]:
+    """Of histories that this process does not write."""
     return []
+
+
+def follow(phase: PhaseHistory, after_step: int) -> HistoryTail:
+    """All records of a phase."""
+    return HistoryTail(phase.path, after_step)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Queue:
 
     phases: tuple[PhaseHistory, ...]
     open_sink: OpenSink = RunMetrics
-    unwritten: Callable[[str], list[Record]] = _nothing
+    unwritten: Callable[[str], list[Record]] = nothing
 
     def delivery(self, uri: str, run_id: str) -> Delivery:
         return Delivery(self.phases, self.unwritten, lambda: self.open_sink(uri, run_id))
@@ -76,7 +91,7 @@ def system_queue(samples: SystemSpool | Path) -> Queue:
 
 class Delivery:
     """What is still to be sent from the histories of a job's phases to one run; `unwritten` gives what a phase's file
-    does not hold yet.
+    does not hold yet, and `open_tail` those of its records that are wanted.
 
     A phase's turn comes when the last step of the one before it is delivered: the store knows the last step that it
     has, and what overtook another phase's records would keep them out.
@@ -87,9 +102,11 @@ class Delivery:
         phases: Sequence[PhaseHistory],
         unwritten: Callable[[str], list[Record]],
         open_sink: Callable[[], Sink],
+        open_tail: OpenTail = follow,
     ) -> None:
         self._phases = list(phases)
-        self._tail = HistoryTail(self._phases[0].path)
+        self._open_tail = open_tail
+        self._tail: Tail | None = None
         self._unwritten = unwritten
         self._open_sink = open_sink
         self._waiting: deque[Record] = deque()
@@ -99,21 +116,24 @@ class Delivery:
     @property
     def path(self) -> Path:
         """The history that is being delivered."""
-        return self._tail.path
+        return self._phases[0].path
 
-    def deliver(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Send all that there is, or up to the first batch before which `stop()`. Raises what the store raises; the
-        next call then goes on where the store says that this one ended."""
+    def deliver(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Send all that there is, or up to the first batch before which `stop()`; false where that left something.
+        Raises what the store raises; the next call then goes on where the store says that this one ended."""
         self._sink = self._sink or self._open_sink()
         if self._delivered is None:
             self._delivered = self._sink.last_step()
-        while not stop() and (batch := self._next_batch(self._delivered)):
+        while batch := self._next_batch(self._delivered):
+            if stop():
+                return False
             try:
                 self._send(self._sink, batch)
             except Exception:
                 self._delivered = None
                 raise
             self._delivered = batch[-1]["step"]
+        return True
 
     def _next_batch(self, delivered: int) -> list[Record]:
         while True:
@@ -123,7 +143,7 @@ class Delivery:
                 return take_batch(self._waiting)
             while delivered >= self._phases[0].last_step and len(self._phases) > 1:
                 del self._phases[0]
-                self._tail = HistoryTail(self._phases[0].path)
+                self._tail = None
             records = self._news(delivered)
             if not records:
                 return []
@@ -134,7 +154,9 @@ class Delivery:
         # What a full disk keeps out of the file is later than everything in it; asked for first, because it may be
         # written before the file is read, but not the other way round.
         held = self._unwritten(self._phases[0].name)
-        return self._tail.poll(limit=BATCH_METRICS) or [record for record in held if record["step"] > delivered]
+        self._tail = self._tail or self._open_tail(self._phases[0], delivered)
+        written = self._tail.poll(limit=BATCH_METRICS) if self._tail is not None else []
+        return written or [record for record in held if record["step"] > delivered]
 
     def _send(self, sink: Sink, batch: Sequence[Record]) -> None:
         try:
@@ -171,7 +193,7 @@ def opened_run(record: Path) -> tuple[str, str] | None:
 def is_lost(record: Path) -> bool:
     """Whether a tracker has found that the store does not have the run of `record` any more: it wants another one."""
     run, lost = read_json(record), read_json(record.with_name(LOST))
-    return run is not None and lost is not None and run["run_id"] == lost["run_id"]
+    return run is not None and lost is not None and run.get("run_id") == lost["run_id"]
 
 
 def _note_lost(record: Path, run_id: str) -> None:
@@ -294,16 +316,17 @@ def replay(
     has everything.
 
     For the driver, after the training: the process that tracked it may have died with the last steps undelivered.
+    However short the time is, something is sent, so that each call brings the run nearer to its end.
     Raises RunGoneError where the store does not have the run: another one, newly opened, is to be given everything.
     """
     queues = [Queue(tuple(phases), open_sink), *([system_queue(system)] if system is not None else [])]
     deliveries = [queue.delivery(uri, run_id) for queue in queues]
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s, batches = time.monotonic() + timeout_s, itertools.count()
     while True:
         try:
-            for delivery in deliveries:
-                delivery.deliver(lambda: time.monotonic() >= deadline_s)
-            return time.monotonic() < deadline_s
+            return all(
+                [each.deliver(lambda: next(batches) > 0 and time.monotonic() >= deadline_s) for each in deliveries]
+            )
         except RunGoneError:
             raise
         except Exception as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import temper
+from temper.claims import folder_id
 from temper.products import run_name
 from temper.run_folder import ENVIRONMENT, GIT, JOB, PLAN
 from temper.tracking.provenance import GitState, environment_text, git_state
@@ -29,7 +31,8 @@ TAG_LENGTH = 8000
 _DIGEST_LENGTH = 36
 
 PHASES_TAG = "temper.phases"
-"""The tag with what is known of a run's phases, as a JSON list, so that many runs can be read at once."""
+"""The tag with what is known of a run's phases, as a JSON list, so that many runs can be read at once. What is too long
+for one tag goes on in `temper.phases.1`, …"""
 
 
 def parameters(plan: Plan) -> dict[str, str]:
@@ -63,6 +66,7 @@ def run_tags(plan: Plan, command: str) -> dict[str, str]:
         "temper.fingerprint": plan.fingerprint,
         "temper.storage": plan.job.storage,
         "temper.run_folder": run_name(plan.to_dict()),
+        "temper.storage.id": folder_id(plan.job.storage_folder),
     }
     return origin_tags(command) | safe_tags(tags)
 
@@ -86,6 +90,31 @@ def origin_tags(command: str) -> dict[str, str]:
 def safe_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags as they may be logged: no secret, and no longer than MLflow takes them."""
     return {key: redact_text(value)[:TAG_LENGTH] for key, value in tags.items()}
+
+
+def phases_tags(phases: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The tags that tell of these phases."""
+    lists: list[list[str]] = [[]]
+    for text in (json.dumps(phase, separators=(",", ":")) for phase in phases):
+        if sum(map(len, lists[-1])) + len(lists[-1]) + len(text) + 2 > TAG_LENGTH:
+            lists.append([])
+        lists[-1].append(text)
+    return {_phases_tag(index): f"[{','.join(texts)}]" for index, texts in enumerate(lists)}
+
+
+def told_phases(tags: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What the tags of a run tell of its phases."""
+    found: list[dict[str, Any]] = []
+    for index in itertools.count():
+        text = tags.get(_phases_tag(index))
+        if text is None:
+            return found
+        found += json.loads(text)
+    return found
+
+
+def _phases_tag(index: int) -> str:
+    return f"{PHASES_TAG}.{index}" if index else PHASES_TAG
 
 
 def safe_params(params: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, BinaryIO, NotRequired, TypedDict
 
 from temper.run_folder import HISTORY
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from temper.plan.build import Plan
 
 log = logging.getLogger(__name__)
+
+_SEARCHED_BYTES = 2**16  # of a file, at most so much is read before the record that is looked for
+_EXTRACT = 1000  # records; MLflow's charts draw fewer
+_EVALUATIONS = (b'"eval/', b'"test/')
 
 
 class Record(TypedDict):
@@ -140,15 +144,15 @@ class HistoryTail:
     def __init__(self, path: str | os.PathLike[str], after_step: int = 0) -> None:
         self.path = Path(path)
         self.last_step = after_step
-        self._offset = 0
+        self._offset: int | None = None
 
     def poll(self, limit: int | None = None) -> list[Record]:
         """Complete records after the last one returned, at most `limit`; none if the file does not exist (yet)."""
         records: list[Record] = []
         with contextlib.suppress(OSError), self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self._offset:
-                # Somebody replaced the file by a shorter one; steps that were returned before are skipped below.
-                self._offset = 0
+            if self._offset is None or os.fstat(file.fileno()).st_size < self._offset:
+                # At first, and where somebody replaced the file by a shorter one; what is left before is skipped below.
+                self._offset = _offset_before(file, self.last_step)
             file.seek(self._offset)
             while (limit is None or len(records) < limit) and (line := file.readline()).endswith(b"\n"):
                 self._offset += len(line)
@@ -159,6 +163,74 @@ class HistoryTail:
                     self.last_step = record["step"]
                     records.append(record)
         return records
+
+
+def _offset_before(file: BinaryIO, step: int) -> int:
+    """The offset of a line not far before the first record after `step`, by bisection: steps rise. Where the search
+    comes upon damage it ends, and the line is farther before."""
+    low, high = 0, os.fstat(file.fileno()).st_size
+    while high - low > _SEARCHED_BYTES:
+        middle = (low + high) // 2
+        file.seek(middle)
+        file.readline()
+        begin = file.tell()
+        record = parse_record(file.readline())
+        if record is None or begin >= high:
+            break
+        low, high = (begin, high) if record["step"] <= step else (low, middle)
+    return low
+
+
+class HistoryExtract:
+    """The reading end for somebody whom the course of a phase suffices: of a history that is over at most 1,000
+    records, the last among them, and always the same ones.
+
+    These are the evaluations, and as many of the others as there is room for, evenly spaced; of a short history it is
+    all. There is none until the history is over.
+    """
+
+    def __init__(self, phase: PhaseHistory, after_step: int = 0) -> None:
+        self._phase, self._after_step = phase, after_step
+        self._left: list[Record] | None = None
+
+    def poll(self, limit: int | None = None) -> list[Record]:
+        """The next records, at most `limit`, as of :class:`HistoryTail`."""
+        if self._left is None:
+            records = _extract(self._phase.path)
+            if not records or records[-1]["step"] < self._phase.last_step:
+                return []
+            self._left = [record for record in records if record["step"] > self._after_step]
+        taken = self._left[:limit]
+        del self._left[: len(taken)]
+        return taken
+
+
+def _extract(path: Path) -> list[Record]:
+    """Only what is chosen is parsed: that takes much longer than reading."""
+    evaluations: list[int] = []
+    others: list[int] = []
+    try:
+        with path.open("rb") as file:
+            begin = 0
+            for line in file:
+                if line.endswith(b"}\n"):
+                    is_evaluation = any(name in line for name in _EVALUATIONS)
+                    (evaluations if is_evaluation else others).append(begin)
+                begin += len(line)
+            last = max([*evaluations[-1:], *others[-1:]], default=0)
+            chosen = {last, *_spread(evaluations, _EXTRACT - 1)}
+            chosen |= {*_spread(others, _EXTRACT - len(chosen))}
+            lines = [(file.seek(offset), file.readline())[1] for offset in sorted(chosen)]
+    except OSError:
+        return []
+    return [record for line in lines if (record := parse_record(line)) is not None]
+
+
+def _spread(items: Sequence[int], number: int) -> list[int]:
+    """Of all items so many, evenly spaced."""
+    if len(items) <= number:
+        return list(items)
+    return [items[(2 * index + 1) * len(items) // (2 * number)] for index in range(number)]
 
 
 def last_step(path: str | os.PathLike[str]) -> int:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +73,9 @@ _REFUSALS = {
     "PERMISSION_DENIED": "ask who made the experiment for the permission EDIT, or set tracking.experiment",
 }
 """What a user can do, by MLflow's code for why it refuses."""
+
+
+_TOKEN = "temper.token"
 
 
 class RefusedError(Exception):
@@ -178,11 +182,12 @@ def open_run(
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, str] | None = None,
     began_ms: int | None = None,
+    token: str | None = None,
 ) -> str:
     """Create the run of `plan`, or go on with run `run_id`; return the run's id. A new one has the job's name unless
     another is given, the `tags`, of which `temper.kind` is `run` unless they say otherwise, and the `params` beside
     those of the job. It began at `began_ms`, by default now; `created` is called with its id before anything else is
-    logged.
+    logged. `token` is a tag of the run by which it is found again where its id was not learnt.
 
     Parameters, tags and artifacts are logged when the run is created; when it is continued, only what is missing. A run
     that was deleted meanwhile is replaced by a new one. Nothing that is logged holds a secret: see :mod:`redact`.
@@ -193,8 +198,10 @@ def open_run(
         run = _find_run(client, run_id) if run_id else None
         if run is None:
             experiment_id = _experiment_id(client, plan.job.tracking.experiment, _artifact_root(uri, plan.job))
-            known = {"temper.kind": "run", **(tags or {})}
-            run = create_run(client, experiment_id, name or plan.job.name, known, began_ms)
+            known = {**run_tags(plan, command), "temper.kind": "run", **(tags or {})}
+            run = _run_of(client, experiment_id, token) if token else None
+            marked = {**known, **({_TOKEN: token} if token else {})}
+            run = run or create_run(client, experiment_id, name or plan.job.name, marked, began_ms)
             created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
         _log_description(client, run, plan, job_yaml=job_yaml, command=command, params=params or {})
@@ -241,9 +248,10 @@ def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
         raise RunError(f"{what}: {first_line(error)}") from error
 
 
-def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0) -> bool:
-    """Give the run its terminal status; false, with a line in the log, where the store does not take it in time."""
-    return persist(lambda: build_client(uri).set_terminated(run_id, status), f"status {status}", timeout_s)
+def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0, ended_ms: int | None = None) -> bool:
+    """Give the run its terminal status, by default as of now; false, with a line in the log, where the store does not
+    take it in time."""
+    return persist(lambda: build_client(uri).set_terminated(run_id, status, ended_ms), f"status {status}", timeout_s)
 
 
 def persist(action: Callable[[], object], what: str, timeout_s: float) -> bool:
@@ -268,25 +276,19 @@ class OpenRun:
     run_id: str
     name: str
     run_folder: str
+    kind: str
 
 
-def find_open_runs(uri: str, storage: str) -> list[OpenRun]:
-    """The runs in a store that are RUNNING and belong to the storage of this name. Raises RunError where the store
+def find_open_runs(uri: str, storage_id: str) -> list[OpenRun]:
+    """The runs in a store that are RUNNING and belong to the storage with this id. Raises RunError where the store
     cannot be asked."""
-    condition = f"attributes.status = 'RUNNING' and tags.`temper.storage` = '{storage}'"
+    condition = f"attributes.status = 'RUNNING' and tags.`temper.storage.id` = '{storage_id}'"
     try:
         client = build_client(uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found, token = [], None
-        while experiments:
-            page = client.search_runs(experiments, condition, max_results=1000, page_token=token)
-            found += [
-                OpenRun(run.info.run_id, run.info.run_name, run.data.tags.get("temper.run_folder", "")) for run in page
-            ]
-            token = page.token
-            if not token:
-                break
-        return found
+        pages = partial(client.search_experiments, max_results=1000)
+        experiments = [experiment.experiment_id for experiment in _all(pages)]
+        runs = _all(partial(client.search_runs, experiments, condition, max_results=1000)) if experiments else []
+        return [_open_run(run) for run in runs]
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} cannot be asked: {first_line(error)}") from error
 
@@ -308,9 +310,11 @@ def open_parent(
     tags: Mapping[str, str],
     params: Mapping[str, str],
     texts: Mapping[str, str],
+    created: Callable[[str], None] = lambda run_id: None,
 ) -> str:
     """Create the parent run of a sweep over `job`, or go on with run `run_id`; return the run's id. `texts` are its
-    artifacts, by their paths. Raises RunError as :func:`open_run`."""
+    artifacts, by their paths. `created` is called, what is missing is logged, and RunError raised as by
+    :func:`open_run`."""
     from mlflow.entities import Param
 
     try:
@@ -319,11 +323,15 @@ def open_parent(
         if run is None:
             experiment_id = _experiment_id(client, job.tracking.experiment, _artifact_root(uri, job))
             run = create_run(client, experiment_id, name, tags)
-            new = [Param(key, value) for key, value in safe_params(params).items()]
-            client.log_batch(run.info.run_id, params=new[:_BATCH_PARAMS], synchronous=True)
-            for path, text in texts.items():
-                client.log_text(run.info.run_id, redact_yaml(text) if path.endswith(".yaml") else text, path)
+            created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
+        new = [Param(key, value) for key, value in safe_params(params).items() if key not in run.data.params]
+        for begin in range(0, len(new), _BATCH_PARAMS):
+            client.log_batch(run.info.run_id, params=new[begin : begin + _BATCH_PARAMS], synchronous=True)
+        present = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        for path, text in texts.items():
+            if path not in present:
+                client.log_text(run.info.run_id, redact_yaml(text) if path.endswith(".yaml") else text, path)
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} cannot be used: {first_line(error)}") from error
     return str(run.info.run_id)
@@ -335,7 +343,7 @@ def log_final(client: MlflowClient, run: Run, metrics: Mapping[str, float], tags
 
     now, known = int(time.time() * 1000), run.data.metrics
     named = {metric_name(name): float(value) for name, value in metrics.items()}
-    new = [Metric(name, value, now, 0) for name, value in named.items() if known.get(name) != value]
+    new = [Metric(name, value, now, 0) for name, value in named.items() if repr(known.get(name)) != repr(value)]
     entries = [RunTag(key, value) for key, value in safe_tags(tags).items()]
     client.log_batch(run.info.run_id, metrics=new, tags=entries, synchronous=True)
 
@@ -358,6 +366,12 @@ def log_outcome(
             client.log_text(run_id, text, path)
     except Exception as error:  # as in open_run
         raise RunError(f"tracking.uri: {redact_text(uri)} does not take results: {first_line(error)}") from error
+
+
+def _run_of(client: MlflowClient, experiment_id: str, token: str) -> Run | None:
+    """The run that a command created whose answer, or which itself, was lost."""
+    found = client.search_runs([experiment_id], f"tags.`{_TOKEN}` = '{token}'", max_results=1)
+    return found[0] if found else None
 
 
 def create_run(
@@ -434,6 +448,22 @@ def _log_description(
 
 
 # ------------------------------------------------------------------------------------------------- metrics of a run
+
+
+def _open_run(run: Run) -> OpenRun:
+    tags = run.data.tags
+    return OpenRun(run.info.run_id, run.info.run_name, tags.get("temper.run_folder", ""), tags.get("temper.kind", ""))
+
+
+def _all(search: Callable[..., Any]) -> list[Any]:
+    """What all pages of a search have."""
+    found, token = [], None
+    while True:
+        page = search(page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def fetch_run(client: MlflowClient, run_id: str) -> Run:

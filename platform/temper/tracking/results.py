@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.config.space import Objective
 from temper.errors import JobError, Problem, RunError, TemperError
-from temper.tracking.description import metric_name
+from temper.tracking.description import metric_name, told_phases
 from temper.tracking.mlflow_store import build_client, first_line
 from temper.tracking.redact import redact_text
 
@@ -256,7 +256,7 @@ def _row(run: Run) -> RunRow:
         params=params,
         metrics=run.data.metrics,
         tags=tags,
-        phases=tuple(_phase(each) for each in json.loads(tags.get("temper.phases", "[]"))),
+        phases=tuple(map(_phase, told_phases(tags))),
     )
 
 

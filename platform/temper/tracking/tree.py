@@ -7,9 +7,8 @@ Everything is made from the run's folder and the phase store, any number of time
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from temper.plan.dsd import parameters_left
 from temper.products import computing_run, read_phase, run_name
 from temper.run_folder import HISTORY, PHASES, PLAN
 from temper.tracking.delivery import take_batch
-from temper.tracking.description import PHASES_TAG, TAG_LENGTH, origin_tags, safe_params
+from temper.tracking.description import origin_tags, phases_tags, safe_params
 from temper.tracking.history import Record, parse_record
-from temper.tracking.mlflow_store import RunMetrics, RunStatus, build_client, create_run, log_final
+from temper.tracking.mlflow_store import RunMetrics, RunStatus, build_client, create_run, fetch_run, log_final
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,8 +30,7 @@ _TAIL_BYTES = 2**17
 _POINTS = ("train/", "eval/", "test/")
 """What the names of metrics in a phase's own run begin with, beside the sparsity of all layers together."""
 _OF_CLASS = "/class_accuracy/"
-_LEFT_OUT = ("kind", "computed_by", "run_id", "started_ms", "ended_ms")
-"""What of very many phases their own runs have to tell."""
+_NOTE = "mlflow.note.content"
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class PhaseState:
     """A phase of a run as the phase store has it: complete, or begun by this run.
 
     `computed_by` is the MLflow run that computed it, empty where that is not known, and None where it is this run.
-    `steps` are those of the plan, `steps_done` those that the run has come through; times are Unix time in ms, 0 where
-    nothing is recorded yet. `metrics` are the last ones.
+    `is_recorded`: its history is there to its end, too. `steps` are those of the plan, `steps_done` those that the run
+    has come through; times are Unix time in ms, 0 where nothing is recorded yet. `metrics` are the last ones.
     """
 
     name: str
@@ -54,6 +52,7 @@ class PhaseState:
     folder: Path
     computed_by: str | None
     is_complete: bool
+    is_recorded: bool
     steps_done: int
     seconds: float
     started_ms: int
@@ -93,6 +92,7 @@ def read_phases(plan: Mapping[str, Any], storage: Path) -> list[PhaseState]:
                 folder=folder,
                 computed_by=None if is_own else str(computing_run(folder).get("run_id", "")),
                 is_complete=manifest is not None,
+                is_recorded=record["step"] >= phase["first_step"] + phase["steps"],
                 steps_done=phase["steps"] if manifest else record["step"] - phase["first_step"],
                 seconds=manifest["seconds"] if manifest else _seconds(first, record),
                 started_ms=_started_ms(first, phase["first_step"]),
@@ -153,55 +153,81 @@ class RunTree:
 
     def __init__(self, uri: str, run_id: str, plan: Mapping[str, Any], storage: Path) -> None:
         self._uri, self._run_id, self._plan, self._storage = uri, run_id, plan, storage
-        self._runs: dict[str, str] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """After a failure only the store knows what it took."""
+        self._runs: dict[str, Run] | None = None
         self._completed: set[str] = set()
-        self._told = ""
+        self._told: dict[str, str] = {}
 
     def grow(self) -> list[PhaseState]:
         """Gives every phase that is complete or has begun its run, and a run that is complete its end."""
         phases = read_phases(self._plan, self._storage)
-        if all(phase.name in self._completed for phase in phases):
-            return phases
+        try:
+            self._grow(phases, lambda phase: phase.is_complete and (phase.is_reused or phase.is_recorded))
+        except Exception:
+            self._forget()
+            raise
+        return phases
+
+    def end(self, status: RunStatus, tags: Mapping[str, str]) -> list[PhaseState]:
+        """Completes the tree, and says on the run what it came to; the run's own status is left as it is."""
+        phases = read_phases(self._plan, self._storage)
+        try:
+            client = build_client(self._uri)
+            # Nobody writes these histories any more.
+            runs = self._grow(phases, lambda phase: phase.is_complete)
+            for name, run in runs.items():
+                if name not in self._completed:
+                    client.set_terminated(run.info.run_id, "FAILED" if status == "FINISHED" else status)
+            own = fetch_run(client, self._run_id)
+            told = {**tags, **self._description(own, phases, runs)}
+            log_final(client, own, self._came_to(phases), told)
+        except Exception:
+            self._forget()
+            raise
+        return phases
+
+    def _grow(self, phases: Sequence[PhaseState], is_over: Callable[[PhaseState], bool]) -> dict[str, Run]:
+        if self._told and all(phase.name in self._completed for phase in phases):
+            return self._runs or {}
         client = build_client(self._uri)
         runs = self._known(client)
         for phase in phases:
             if phase.name not in runs:
                 runs[phase.name] = self._create(client, phase)
-            if phase.is_complete and phase.name not in self._completed:
-                self._complete(client, runs[phase.name], phase)
+            self._describe(client, runs[phase.name], phase)
+            if phase.name not in self._completed and is_over(phase):
+                self._complete(client, runs[phase.name].info.run_id, phase)
                 self._completed.add(phase.name)
         self._tell(client, phases, runs)
-        return phases
+        return runs
 
-    def end(self, status: RunStatus, tags: Mapping[str, str]) -> None:
-        """Completes the tree, and says on the run what it came to; the run's own status is left as it is."""
-        phases = self.grow()
-        client, runs = build_client(self._uri), self._runs or {}
-        for phase in phases:
-            if not phase.is_complete:
-                client.set_terminated(runs[phase.name], "FAILED" if status == "FINISHED" else status)
-        run = client.get_run(self._run_id)
-        note = self._note(run, phases, runs)
-        log_final(client, run, self._came_to(phases), {**tags, "mlflow.note.content": note})
-
-    def _known(self, client: MlflowClient) -> dict[str, str]:
+    def _known(self, client: MlflowClient) -> dict[str, Run]:
         """The runs of phases that are there, by the phase's name; those that were ended before their phase are open."""
-        if self._runs is None:
-            self._runs = {}
-            experiment = client.get_run(self._run_id).info.experiment_id
-            condition = f"tags.`mlflow.parentRunId` = '{self._run_id}' and tags.`temper.kind` = 'phase'"
-            for run in client.search_runs([experiment], condition, max_results=1000):
-                name = run.data.tags["temper.phase"]
-                self._runs[name] = run.info.run_id
-                if run.info.status == "FINISHED":
-                    self._completed.add(name)
-                else:
-                    client.update_run(run.info.run_id, status="RUNNING")
-        return self._runs
+        if self._runs is not None:
+            return self._runs
+        experiment = fetch_run(client, self._run_id).info.experiment_id
+        condition = f"tags.`mlflow.parentRunId` = '{self._run_id}' and tags.`temper.kind` = 'phase'"
+        order = ["attributes.start_time ASC"]
+        runs: dict[str, Run] = {}
+        completed = set()
+        for run in client.search_runs([experiment], condition, max_results=1000, order_by=order):
+            name = run.data.tags["temper.phase"]
+            if name in runs:
+                # A request to create it was sent twice, because its answer was lost.
+                client.delete_run(run.info.run_id)
+                continue
+            runs[name] = run
+            if run.info.status == "FINISHED":
+                completed.add(name)
+            else:
+                client.update_run(run.info.run_id, status="RUNNING")
+        self._runs, self._completed = runs, completed
+        return runs
 
-    def _create(self, client: MlflowClient, phase: PhaseState) -> str:
-        from mlflow.entities import Param
-
+    def _create(self, client: MlflowClient, phase: PhaseState) -> Run:
         parent = client.get_run(self._run_id)
         tags = {
             "mlflow.parentRunId": self._run_id,
@@ -213,6 +239,7 @@ class RunTree:
             "temper.reused": str(phase.is_reused).lower(),
             "temper.storage": parent.data.tags.get("temper.storage", ""),
             "temper.run_folder": parent.data.tags.get("temper.run_folder", ""),
+            "temper.storage.id": parent.data.tags.get("temper.storage.id", ""),
             **({"temper.computed_by": phase.computed_by} if phase.computed_by else {}),
             **origin_tags(parent.data.tags.get("temper.command", "")),
         }
@@ -221,11 +248,17 @@ class RunTree:
         started_ms = phase.started_ms
         if phase.is_reused or not started_ms:
             started_ms = parent.info.start_time + index
-        run = create_run(client, parent.info.experiment_id, phase.name, tags, started_ms)
+        return create_run(client, parent.info.experiment_id, phase.name, tags, started_ms)
+
+    def _describe(self, client: MlflowClient, run: Run, phase: PhaseState) -> None:
+        """Its parameters, which a failure may have kept from it."""
+        from mlflow.entities import Param
+
         params = {"phase.steps": str(phase.steps), "phase.lr": f"{phase.lr:g}", "phase.pruned": phase.pruned}
-        new = [Param(key, value) for key, value in safe_params(params).items() if value]
-        client.log_batch(run.info.run_id, params=new, synchronous=True)
-        return str(run.info.run_id)
+        new = {key: value for key, value in safe_params(params).items() if value and key not in run.data.params}
+        if new:
+            client.log_batch(run.info.run_id, params=[Param(*param) for param in new.items()], synchronous=True)
+            run.data.params.update(new)
 
     def _complete(self, client: MlflowClient, run_id: str, phase: PhaseState) -> None:
         metrics = RunMetrics(self._uri, run_id)
@@ -240,15 +273,23 @@ class RunTree:
         ended_ms = client.get_run(run_id).info.start_time if phase.is_reused else phase.ended_ms
         client.set_terminated(run_id, "FINISHED", end_time=ended_ms)
 
-    def _tell(self, client: MlflowClient, phases: Sequence[PhaseState], runs: Mapping[str, str]) -> None:
-        """The tag from which a whole experiment can be read without asking for the phases' runs."""
-        summaries = [_summary(phase, runs[phase.name]) for phase in phases]
-        told = _compact(summaries)
-        if len(told) > TAG_LENGTH:
-            told = _compact([{key: value for key, value in each.items() if key not in _LEFT_OUT} for each in summaries])
-        if told != self._told:
-            client.set_tag(self._run_id, PHASES_TAG, told)
-            self._told = told
+    def _tell(self, client: MlflowClient, phases: Sequence[PhaseState], runs: Mapping[str, Run]) -> None:
+        """The tags from which a whole experiment can be read without asking for the phases' runs."""
+        told = phases_tags([_summary(phase, runs[phase.name].info.run_id) for phase in phases])
+        for key, value in told.items():
+            if self._told.get(key) != value:
+                client.set_tag(self._run_id, key, value)
+        self._told = told
+
+    def _description(self, run: Run, phases: Sequence[PhaseState], runs: Mapping[str, Run]) -> dict[str, str]:
+        """What MLflow's page says of the run, unless a person has written something there."""
+        command = run.data.tags.get("temper.command", "")
+        opening = f"```\n{command}\n```"
+        known = run.data.tags.get(_NOTE, opening)
+        if not known.startswith(opening):
+            return {}
+        ids = {name: each.info.run_id for name, each in runs.items()}
+        return {_NOTE: "\n\n".join([opening, *_note(run, phases, ids)])}
 
     def _came_to(self, phases: Sequence[PhaseState]) -> dict[str, float]:
         """What the run cost, and the parameters that its newest phase left."""
@@ -258,31 +299,32 @@ class RunTree:
             values["parameters_left"] = parameters_left(model["num_parameters"], shapes, phases[-1].metrics)
         return values
 
-    def _note(self, run: Run, phases: Sequence[PhaseState], runs: Mapping[str, str]) -> str:
-        """What MLflow's page says of the run, in Markdown, with links to what it came from."""
-        here = f"#/experiments/{run.info.experiment_id}/runs"
-        shown = [name for name in dict.fromkeys(n for p in phases for n in p.metrics) if _is_headline(name)]
-        rows = [
-            ["phase", "steps", "computed by", *shown],
-            ["---"] * (3 + len(shown)),
-            *(
-                [
-                    f"[{phase.name}]({here}/{runs[phase.name]})",
-                    f"{phase.first_step:,}–{phase.last_step:,}",
-                    f"[another run]({here}/{phase.computed_by})" if phase.computed_by else "this run",
-                    *(f"{phase.metrics[name]:.4f}" if name in phase.metrics else "" for name in shown),
-                ]
-                for phase in phases
-            ),
-        ]
-        teachers = {name: value for name, value in run.data.tags.items() if name.startswith("temper.teacher")}
-        taught = [
-            f"Taught by [{teachers[name.removesuffix('.run_id')].split(' ')[0]}]({here}/{run_id})."
-            for name, run_id in teachers.items()
-            if name.endswith(".run_id") and name.removesuffix(".run_id") in teachers
-        ]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return "\n\n".join([f"```\n{run.data.tags.get('temper.command', '')}\n```", table, *taught])
+
+def _note(run: Run, phases: Sequence[PhaseState], runs: Mapping[str, str]) -> list[str]:
+    """The phases and the teachers of a run in Markdown, with links to what it came from."""
+    here = f"#/experiments/{run.info.experiment_id}/runs"
+    shown = [name for name in dict.fromkeys(n for p in phases for n in p.metrics) if _is_headline(name)]
+    rows = [
+        ["phase", "steps", "computed by", *shown],
+        ["---"] * (3 + len(shown)),
+        *(
+            [
+                f"[{phase.name}]({here}/{runs[phase.name]})",
+                f"{phase.first_step:,}–{phase.last_step:,}",
+                f"[another run]({here}/{phase.computed_by})" if phase.computed_by else "this run",
+                *(f"{phase.metrics[name]:.4f}" if name in phase.metrics else "" for name in shown),
+            ]
+            for phase in phases
+        ),
+    ]
+    teachers = {name: value for name, value in run.data.tags.items() if name.startswith("temper.teacher")}
+    taught = [
+        f"Taught by [{teachers[name.removesuffix('.run_id')].split(' ')[0]}]({here}/{run_id})."
+        for name, run_id in teachers.items()
+        if name.endswith(".run_id") and name.removesuffix(".run_id") in teachers
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return [table, *taught]
 
 
 def _is_headline(name: str) -> bool:
@@ -304,10 +346,6 @@ def _summary(phase: PhaseState, run_id: str) -> dict[str, Any]:
         "run_id": run_id,
         "complete": phase.is_complete,
     }
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _points(phase: PhaseState) -> list[Record]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from temper.config.space import Params
@@ -84,7 +85,7 @@ class Coordinator:
         self._samples = SystemSpool(spec.folder / SYSTEM)
         self._tracking = SweepTracking(
             partial(open_sweep, spec),
-            partial(reconcile, storage_folder(spec.storage)),
+            partial(_reconcile, storage_folder(spec.storage)),
             partial(system_queue(self._samples).delivery, spec.uri),
         )
         self._lock = threading.RLock()
@@ -520,6 +521,11 @@ class Coordinator:
     def _say(self, text: str) -> None:
         with self._lock:
             self._said.append(text)
+
+
+def _reconcile(storage: Path) -> None:
+    """Beside the sweep, whose own runs wait for nobody."""
+    threading.Thread(target=reconcile, args=(storage,), daemon=True).start()
 
 
 def _end_tags(trial: Trial) -> dict[str, str]:

@@ -24,19 +24,20 @@ from temper.files import read_json, write_json
 from temper.launch.cluster import RaySession, prepare_environment
 from temper.launch.ingest import ingest
 from temper.launch.phase_store import is_complete
+from temper.launch.reconcile import settle
 from temper.launch.sweep.coordinator import Coordinator
 from temper.launch.sweep.ledger import ENDED, LEDGER, LedgerTrial, params_key, read_ledger
 from temper.launch.sweep.parent import close_sweep, log_reports, tell_outcome
 from temper.launch.sweep.planning import SPACE, SweepPlan, plan_sweep
 from temper.launch.sweep.spec import SweepSpec
-from temper.launch.sweep.winner import name_winner
+from temper.launch.sweep.winner import WINNER, name_winner
 from temper.launch.train import RunInterrupted, TrainOptions, access_checked, stop_on_signal
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.plan.room import shape_of
 from temper.ranking import best_trial, pareto_front
 from temper.remote_store import fetch
-from temper.run_folder import LOCK, RESULT, SWEEP_RUN, SYSTEM
+from temper.run_folder import LOCK, RESULT, RUN, SWEEP_RUN, SYSTEM
 from temper.tracking.mlflow_store import RunStatus
 from temper.tracking.sweep_progress import SweepDisplay, SweepView, build_sweep_display, summary_table, winner_lines
 
@@ -52,7 +53,7 @@ class SweepResult:
     `overrides` that repeat it, the `folder` of its export and what it is `registered` as; `front` are the ids of the
     Pareto front, where there are several objectives. `phases_run`, `phases_reused` and `steps_saved` are the sweep's,
     whichever command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the audit found,
-    `undelivered` the folders of runs that MLflow did not take.
+    `undelivered` the folders of runs that MLflow did not take, and `told` whether it took what came of the sweep.
     """
 
     parent_run_id: str
@@ -69,6 +70,7 @@ class SweepResult:
     steps_saved: int
     left_behind: str
     undelivered: list[str] = field(default_factory=list)
+    told: bool = False
     summary: tuple[str, ...] = ()
     """Lines for people."""
 
@@ -122,10 +124,13 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
 
 def _forget(spec: SweepSpec) -> None:
     """`--fresh`: a new sweep in MLflow; what the phase store has is still not computed again."""
-    for name in (LEDGER, SWEEP_RUN, RESULT, SYSTEM):
+    settle(spec.folder)  # else its old runs would stay open for ever
+    for name in (LEDGER, SWEEP_RUN, RESULT, SYSTEM, WINNER):
         (spec.folder / name).unlink(missing_ok=True)
-    for run in (spec.folder / "trials").glob("*/run.json"):
-        run.unlink()
+    # Of trials, of what they share, and of trials that share nothing, with their teachers.
+    for place in ("trials/*", "shared", "alone/*/*"):
+        for record in spec.folder.glob(f"{place}/{RUN}"):
+            record.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -266,22 +271,35 @@ def _reused(
     plan: SweepPlan, known: Sequence[LedgerTrial], done: dict[str, Any], started: float, display: SweepDisplay
 ) -> SweepResult:
     """A sweep that has come to its end: nothing is started; what MLflow could not take then, it is given now."""
-    spec = plan.spec
+    spec, late = plan.spec, _lacks(done)
     coordinator = Coordinator(spec)
     for trial in known:
         coordinator.recall(trial)
-    if done["undelivered"]:
+    if late:
         coordinator.deliver_late(plan.first, plan.shared)
     outcome = coordinator.finish(is_over=True)
-    news = {"undelivered": outcome["undelivered"], "parent_run_id": outcome["parent_run_id"], "steps_run": 0}
-    seconds = time.perf_counter() - started
-    result = SweepResult(**{**done, **news, "status": "reused", "seconds": seconds, "left_behind": UNSTARTED})
-    if done["undelivered"]:
-        tell_outcome(spec, result, display)
-        log_reports(spec, result, display)
+    result = SweepResult(**done)
+    if late:
+        result = _told(spec, _with_runs(result, outcome), display)
         close_sweep(spec, "FINISHED", display)
-        write_json(spec.folder / RESULT, {**done, **news})
+    seconds = time.perf_counter() - started
+    result = replace(result, status="reused", seconds=seconds, steps_run=0, left_behind=UNSTARTED)
     return replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
+
+
+def _lacks(done: dict[str, Any]) -> bool:
+    """Whether MLflow lacks something of a sweep that came to this."""
+    is_registered = done["best"] is None or done["best"]["registered"]
+    return bool(done["undelivered"]) or not done.get("told") or not is_registered
+
+
+def _with_runs(result: SweepResult, outcome: dict[str, Any]) -> SweepResult:
+    """The result with the runs that MLflow has by now."""
+    runs = {trial["id"]: trial["run_id"] for trial in outcome["trials"]}
+    trials = [{**trial, "run_id": runs.get(trial["id"], trial["run_id"])} for trial in result.trials]
+    best = result.best and {**result.best, "run_id": runs.get(result.best["id"], result.best["run_id"])}
+    parent, missing = outcome["parent_run_id"], outcome["undelivered"]
+    return replace(result, trials=trials, best=best, parent_run_id=parent, undelivered=missing)
 
 
 # ------------------------------------------------------------------------------------------------------------- the end
@@ -318,11 +336,16 @@ def _conclude(
         left_behind=audit,
         undelivered=outcome["undelivered"],
     )
-    if best is not None:
-        result = replace(result, best=name_winner(spec, best, display))
-    tell_outcome(spec, result, display)
+    result = _told(spec, result, display)
+    return replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
+
+
+def _told(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> SweepResult:
+    """Names the winner, tells MLflow what came of the sweep, and keeps the result for the next command."""
+    if result.best is not None and not result.best.get("registered"):
+        result = replace(result, best=name_winner(spec, result.best, display))
+    result = replace(result, told=tell_outcome(spec, result, display))
     log_reports(spec, result, display)
-    result = replace(result, summary=tuple(_summary(spec, outcome["view"], result)))
     write_json(spec.folder / RESULT, result.to_dict())
     return result
 

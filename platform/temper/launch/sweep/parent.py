@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from temper.errors import RunError
-from temper.files import read_json, write_json
+from temper.files import write_json
 from temper.launch.sweep.spec import SweepSpec
 from temper.remote_store import publish
 from temper.run_folder import SWEEP_RUN
@@ -55,16 +55,18 @@ def open_sweep(spec: SweepSpec) -> str:
         tags=tags,
         params=params,
         texts={**spec.texts, **origin_files()},
+        # At once: what fails after that must not lead to another parent.
+        created=lambda run_id: _record(spec, run_id, open=True),
     )
-    write_json(file, {"uri": spec.uri, "run_id": run_id, "open": True})
+    _record(spec, run_id, open=True)
     publish([file])
     return run_id
 
 
-def tell_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> None:
-    """Tells the sweep's run what came of it."""
+def tell_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> bool:
+    """Tells the sweep's run what came of it; whether it took that."""
     if not result.parent_run_id:
-        return
+        return False
     best, objective = result.best, spec.space.objectives[0]
     statuses = [trial["status"] for trial in result.trials]
     metrics = {
@@ -89,8 +91,10 @@ def tell_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) ->
     try:
         note = lambda experiment: _note(spec, result, f"#/experiments/{experiment}/runs")  # noqa: E731
         log_outcome(spec.uri, result.parent_run_id, metrics, tags, {"trials.csv": _table(result.trials)}, note)
+        return True
     except RunError as error:
         display.note(f"the sweep's own run lacks what came of it: {error}")
+        return False
 
 
 def log_reports(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> None:
@@ -108,13 +112,17 @@ def log_reports(spec: SweepSpec, result: SweepResult, display: SweepDisplay) -> 
 
 def close_sweep(spec: SweepSpec, status: RunStatus, display: SweepDisplay) -> None:
     """Gives the sweep's run its end."""
-    run_id = (read_json(spec.folder / SWEEP_RUN) or {}).get("run_id")
+    run_id = known_run(spec.folder / SWEEP_RUN, spec.uri)
     if not run_id:
         return
-    if close_run(spec.uri, run_id, status):
-        write_json(spec.folder / SWEEP_RUN, {"uri": spec.uri, "run_id": run_id, "open": False})
-    else:
+    is_closed = close_run(spec.uri, run_id, status)
+    _record(spec, run_id, open=not is_closed, status=status)
+    if not is_closed:
         display.note("MLflow did not take the end of the sweep's own run")
+
+
+def _record(spec: SweepSpec, run_id: str, **state: bool | str) -> None:
+    write_json(spec.folder / SWEEP_RUN, {"uri": spec.uri, "run_id": run_id, **state})
 
 
 def _flow(value: Any) -> str:

@@ -16,10 +16,13 @@ from functools import partial
 from typing import Any
 
 from temper.errors import RunError
+from temper.files import read_json
 from temper.launch.tracked_run import TrackedRun
 from temper.plan.build import Plan
-from temper.tracking.delivery import Delivery
-from temper.tracking.history import phase_histories
+from temper.products import run_name
+from temper.run_folder import PHASE_MANIFEST, PLAN
+from temper.tracking.delivery import Delivery, Tail, follow, nothing
+from temper.tracking.history import HistoryExtract, PhaseHistory, phase_histories
 from temper.tracking.mlflow_store import RunGoneError, RunMetrics, RunStatus
 
 log = logging.getLogger(__name__)
@@ -70,26 +73,36 @@ class SweepTracking:
         self._orders.put(lambda: self._end(plan, status, dict(tags)))
 
     def close(self, timeout_s: float = _CLOSE_S) -> list[str]:
-        """Delivers what is left. The run folders of runs that MLflow did not take whole."""
+        """Delivers what is left, for as long as it becomes less every `timeout_s`. The run folders of runs that MLflow
+        did not take whole."""
         self._closing.set()
-        self._thread.join(timeout_s)
+        while True:
+            before = len(self._left())
+            self._thread.join(timeout_s)
+            left = self._left()
+            if not self._thread.is_alive() or len(left) >= before:
+                return left
+
+    def _left(self) -> list[str]:
         return sorted({*self._ordered, *self._children})
 
     def _run(self) -> None:
         look_s, pause_s = 0.0, _LOOK_S
         while True:
+            is_closing = self._closing.is_set()  # before delivering: what there was when `close` was called is sent
             try:
                 order = self._orders.get(timeout=0.2)
             except queue.Empty:
-                if self._closing.is_set() and not any(child.status for child in self._children.values()):
-                    return
                 order = None
             if order is not None:
                 _kept_quiet(order)
-            if time.monotonic() > look_s or self._closing.is_set():
-                tasks: list[Callable[[], None]] = [partial(self._deliver, key) for key in self._children]
-                went_well = all([_kept_quiet(task) for task in [*tasks, self._deliver_system]])
-                pause_s = _LOOK_S if went_well else min(2 * pause_s, _LONGEST_PAUSE_S)
+            if time.monotonic() > look_s or is_closing:
+                tasks = [partial(self._deliver, key) for key in self._children]
+                went_well = all([_kept_quiet(task) for task in tasks])
+                has_system = _kept_quiet(self._deliver_system)
+                if is_closing and order is None and has_system and not any(c.status for c in self._children.values()):
+                    return
+                pause_s = _LOOK_S if went_well and has_system else min(2 * pause_s, _LONGEST_PAUSE_S)
                 look_s = time.monotonic() + pause_s
 
     def _begin(self, run: TrackedRun) -> None:
@@ -129,15 +142,36 @@ class SweepTracking:
             child.delivery = None
 
     def _deliver_system(self) -> None:
-        if self.parent_id:
-            self._system_delivery = self._system_delivery or self._system(self.parent_id)
+        if not self.parent_id:
+            return
+        self._system_delivery = self._system_delivery or self._system(self.parent_id)
+        try:
             self._system_delivery.deliver()
+        except RunGoneError:
+            self._begin_anew()
+            raise
 
     def _open(self, run: TrackedRun) -> Delivery:
         self.parent_id = self.parent_id or self._parent()
         run.tags = {**run.tags, "mlflow.parentRunId": self.parent_id}
         run.open()
-        return Delivery(phase_histories(run.plan), lambda phase: [], lambda: RunMetrics(run.uri, run.run_id))
+        open_tail = partial(_open_tail, run_name(run.plan.to_dict()))
+        return Delivery(phase_histories(run.plan), nothing, lambda: RunMetrics(run.uri, run.run_id), open_tail)
+
+
+def _open_tail(own: str, phase: PhaseHistory, after_step: int) -> Tail | None:
+    """All records of a phase that the run in the folder `own` computes itself; of one that another run computed, an
+    extract. Whose it is shows when it has begun.
+
+    A phase may be a thousand trials' and take half a minute to send: so its curve is on each trial's page, and all of
+    its points are on that of the run which computed it, to which each trial's page links.
+    """
+    if not phase.path.exists():
+        return None
+    owner = read_json(phase.path.with_name(PLAN))
+    if owner is None or run_name(owner) == own:
+        return follow(phase, after_step)
+    return HistoryExtract(phase, after_step) if phase.path.with_name(PHASE_MANIFEST).exists() else None
 
 
 def _kept_quiet(order: Callable[[], Any]) -> bool:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from temper.errors import TemperError
 from temper.files import read_json, write_json
 from temper.launch.phase_store import keep_phase
 from temper.launch.registering import register_product
@@ -15,19 +14,21 @@ from temper.launch.sweep.spec import SweepSpec
 from temper.products import find_storage
 from temper.run_folder import PHASES
 from temper.storage import storage_folder
+from temper.tracking.mlflow_store import first_line
 from temper.tracking.sweep_progress import SweepDisplay
 
 BEST = "best"
-_RECORD = "winner.json"
+WINNER = "winner.json"
 _NOWHERE = {"folder": "", "registered": "", "alias": "", "note": ""}
 
 
 def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) -> dict[str, Any]:
     """Exports and registers the winner, unless that has been done. Returns `best` with where it is: the `folder`, the
-    version `registered`, the `alias` that names it, if it got one, and a `note` on that."""
-    folder = spec.folder / BEST
+    version `registered`, the `alias` that names it, if it got one, and a `note` on that. Never raises: the sweep has
+    come to its end, and the same command tries again what fails here."""
+    folder, places = spec.folder / BEST, dict(_NOWHERE)
     try:
-        known = read_json(spec.folder / _RECORD) or {}
+        known = read_json(spec.folder / WINNER) or {}
         if known.get("run_id") == best["run_id"] and (folder / "model.safetensors").is_file():
             return {**best, **known["places"]}
         display.stage(f"exporting {best['id']}")
@@ -39,7 +40,7 @@ def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) ->
             keep_phase(find_storage(run_folder) / PHASES / best["phases"][-1]["fingerprint"], kept)
             product = find_product(str(run_folder), storage_folder(spec.storage))
             export_product(product, folder)
-        places = {**_NOWHERE, "folder": str(folder)}
+        places["folder"] = str(folder)
         if best["run_id"]:
             winner, objective = spec.space.winner, spec.space.objectives[0]
             # What is compared need not be among the product's own metrics, as `parameters_left` is not.
@@ -49,8 +50,8 @@ def name_winner(spec: SweepSpec, best: dict[str, Any], display: SweepDisplay) ->
             name = winner.register_as or spec.space.name
             registered = register_product(measured, folder, name, winner.alias, objective)
             places |= {"registered": registered.uri, "alias": registered.alias, "note": registered.note}
-        write_json(spec.folder / _RECORD, {"run_id": best["run_id"], "places": places})
-        return {**best, **places}
-    except TemperError as error:
-        display.note(f"the winner is trained, and could not be exported or registered: {error}")
-        return {**best, **_NOWHERE}
+        write_json(spec.folder / WINNER, {"run_id": best["run_id"], "places": places})
+    except Exception as error:  # which one depends on the disk, on torch and on the store
+        done = "exported, and could not be registered" if places["folder"] else "trained, and could not be exported"
+        display.note(f"the winner is {done}: {first_line(error)}; the same command tries it again")
+    return {**best, **places}
