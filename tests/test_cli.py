@@ -87,7 +87,7 @@ def only_line(out: str) -> dict[str, Any]:
         (("plan", "job.yaml", "--jsonn", "seed=1"), "unrecognized arguments: --jsonn seed=1"),
         (("doctor", "job.yaml"), "unrecognized arguments: job.yaml"),
         (("export", "run"), "required: --to"),
-        (("ui", "--port", "many"), "invalid int value: 'many'"),
+        (("ui", "--port", "many"), "many is no port: 0 to 65535"),
     ],
 )
 def test_a_wrong_command_line_exits_2(run: Temper, arguments: tuple[str, ...], said: str) -> None:

@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from temper.data.batches import normalized
 from temper.errors import RunError
 from temper.export import Product, build_servable, export_product, load_model
 from temper.files import describe_file, write_json
+from temper.launch import champion
 from temper.launch.champion import CHAMPION, job_objective, offer_champion
 from temper.launch.lineage import lineage_text, teacher_lineage
 from temper.launch.registering import Registered, register_product
@@ -417,6 +420,60 @@ def test_the_champion_is_replaced_by_a_better_one_only(place: Path, store: str) 
     client.set_registered_model_alias("contest", CHAMPION, "1")
     assert offer(0.9) == (False, "version 1 stays champion: it has no test/accuracy to compare with")
     assert registry.resolve_alias(store, "contest", CHAMPION) == "1"
+
+
+def test_of_two_versions_that_are_offered_at_once_the_better_one_is_champion(
+    place: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked at the champion before either of them becomes it, as on two machines."""
+    client = build_client(store)
+    client.create_registered_model("race")
+
+    def version_with(value: float) -> str:
+        tags = {"temper.metric.test/accuracy": repr(value)}
+        return str(client.create_model_version("race", str(place), tags=tags).version)
+
+    assert offer_champion(store, "race", version_with(0.9), MOST)[0]
+    better, worse = version_with(0.99), version_with(0.95)
+    told = []
+
+    def overtaken(uri: str, name: str, alias: str, version: str) -> None:
+        if not told:
+            told.append("the other")
+            told.append(champion._offer(uri, name, better, MOST))
+        registry.set_alias(uri, name, alias, version)
+
+    monkeypatch.setattr(champion, "set_alias", overtaken)
+    assert offer_champion(store, "race", worse, MOST) == (False, f"version {better} has become champion meanwhile")
+    assert told[1][0] is True
+    assert registry.resolve_alias(store, "race", CHAMPION) == better
+
+    # One that was given up is no rival of what comes much later.
+    monkeypatch.setattr(champion, "_SAME_TIME_S", -1.0)
+    monkeypatch.setattr(champion, "set_alias", registry.set_alias)
+    client.set_registered_model_alias("race", CHAMPION, "1")
+    assert offer_champion(store, "race", worse, MOST)[0]
+    assert registry.resolve_alias(store, "race", CHAMPION) == worse
+
+
+def test_offers_on_one_machine_wait_for_each_other(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, state = {"1": 0.9, "2": 0.99, "3": 0.95}, {CHAMPION: "1"}
+    tags = {version: {"temper.metric.test/accuracy": repr(value)} for version, value in values.items()}
+    looked = threading.Barrier(2)
+
+    def resolve_alias(uri: str, name: str, alias: str) -> str:
+        found = state[alias]
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(0.2)  # both get here at once only where they do not wait
+        return found
+
+    monkeypatch.setattr(champion, "resolve_alias", resolve_alias)
+    monkeypatch.setattr(champion, "version_tags", lambda uri, name, version: tags[version])
+    monkeypatch.setattr(champion, "versions_beside", lambda *_: {})
+    monkeypatch.setattr(champion, "set_alias", lambda uri, name, alias, version: state.update({alias: version}))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda version: offer_champion(store, "threads", version, MOST), ("2", "3")))
+    assert state == {CHAMPION: "2"} and looked.broken
 
 
 @pytest.mark.parametrize(

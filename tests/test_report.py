@@ -160,10 +160,12 @@ def test_the_page_says_what_the_run_is(made: Made, page: str) -> None:
     for phase in made.plan.phases:
         row = found[phase.name]
         assert (row["test/accuracy"], row["eval/accuracy"]) == ("0.8750", f"{1 - 1 / phase.last_step:.4f}")
-        assert (row["computed by"], row["fingerprint"], row["seconds"]) == ("this run", phase.fingerprint[:10], "1.5")
+        assert (row["computed by"], row["fingerprint"], row["training time"]) == (
+            *("this run", phase.fingerprint[:10], "1.5 s"),
+        )
     assert f"Complete, step 50 of 50 · MLflow run <code>{RUN_ID}</code>" in page
     assert known(page)["status"] == "complete; 3 of 3 phases complete"
-    assert (known(page)["accuracy"], known(page)["computed"]) == ("0.8750", "4.5 s")
+    assert (known(page)["accuracy"], known(page)["training time"]) == ("0.8750", "4.5 s")
     assert cells(page, "computed by this run") == ["computed by this run", "4.5 s", "50", "3,200"]
     assert cells(page, "saved by reuse") == ["saved by reuse", "0.00 s", "0", "0"]
     assert f"temper train {made.folder / 'job.yaml'}" in page
@@ -264,6 +266,26 @@ def test_a_job_of_one_phase_has_a_report_too(own: Made, undrawn: None) -> None:
     assert "Complete, step 20 of 20" in page
     assert set(FIGURES) - set(Page(page).figures) == {"sparsity", "weights-1", "returned-1"}
     assert "Round" not in page
+
+
+def test_the_whole_data_section_is_shown(own: Made, undrawn: None) -> None:
+    values = yaml.safe_load((own.folder / "job.yaml").read_text())
+    plan = read_json(own.folder / "plan.json")
+    plan["data"] |= {"train_examples": 50, "left_out_examples": 950}
+    write_json(own.folder / "plan.json", plan)
+    values["data"] |= {"labels": 0.05, "omit_classes": [3]}
+    (own.folder / "job.yaml").write_text(yaml.safe_dump(values))
+    data = known(page_of(own.folder))["data"]
+    assert "labels: 0.05" in data and "omit_classes: [3]" in data
+    assert "50 examples, 50 of 1,000 labelled" in data
+
+
+def test_a_job_that_was_named_from_some_folder_is_repeated_from_its_copy(own: Made, undrawn: None) -> None:
+    record = read_json(own.folder / "run.json")
+    write_json(own.folder / "run.json", {**record, "command": "temper train README.md seed=3"})
+    page = page_of(own.folder)
+    assert f"<code>temper train {own.folder / 'job.yaml'}</code>" in page
+    assert known(page)["command as it was typed"] == "temper train README.md seed=3"
 
 
 # ------------------------------------------------------------------------------------- what MLflow has, and is given
@@ -496,6 +518,32 @@ def test_of_many_classes_the_worst_are_shown(made: Made) -> None:
     assert found is not None
     assert data_of(found)[0]["x"] == [f"{number:02}" for number in range(40)]
     assert found.caption.endswith("Of 60 classes the 40 with the lowest.")
+
+
+def test_no_bar_begins_above_zero(made: Made) -> None:
+    redense = read_run(made.folder).phases[2]
+    assert redense.state is not None
+    accuracies = {"test/class_accuracy/0": 0.97, "test/class_accuracy/1": 0.99}
+    found = classes_figure([replace(redense, state=replace(redense.state, metrics=accuracies))])
+    assert found is not None and found.plotly is not None
+    assert (data_of(found)[0]["mode"], found.plotly["layout"]["yaxis"]["range"]) == ("markers", [0.9, 1.0])
+    assert found.caption.endswith("The axis begins at 0.9.")
+
+
+def test_the_caption_says_which_losses_stand_on_one_axis(made: Made) -> None:
+    dense = read_run(made.folder).phases[0]
+    keys = ("train/loss", "eval/loss", "train/loss/soft", "train/loss/hard")
+
+    def caption(*names: str) -> str:
+        found = training_figure(
+            [replace(dense, records=[{"step": 1, "time_ms": 0, "metrics": dict.fromkeys(names, 1.0)}])]
+        )
+        assert found is not None
+        return found.caption
+
+    assert "Training: the sum of all terms" in caption(*keys) and "Diamonds" not in caption(*keys)
+    assert "sum of all terms" not in caption(*keys[:2])
+    assert "Diamonds" in caption("train/loss", "test/loss")
 
 
 def test_the_use_of_each_node_is_a_line() -> None:

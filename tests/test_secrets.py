@@ -56,6 +56,56 @@ def test_words_that_only_look_like_secrets_stay(monkeypatch: pytest.MonkeyPatch,
     assert redact_text("https://token@host/x postgresql://ann@host/x") == "https://***@host/x postgresql://ann@host/x"
 
 
+def test_the_folders_of_the_shell_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLDPWD", "/gone/folder")
+    monkeypatch.setenv("PWD", "/gone/too")
+    assert redact_text("/gone/folder/runs /gone/too/runs") == "/gone/folder/runs /gone/too/runs"
+
+
+KEY = "-----BEGIN {0} KEY-----\n+MIIEv+/x\n+gIB=\n-----END {0} KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("curl -H 'Authorization: Bearer eyJ.a-b' x", "curl -H 'Authorization: Bearer ***' x"),
+        ("authorization: basic dXNl seed=1", "authorization: basic *** seed=1"),
+        ("--password hunter22 --token --seed 1", "--password *** --token --seed 1"),
+        ('["--api-key", "hunter 22", "x"]', '["--api-key", ***, "x"]'),
+        ("https://x/c?sv=1&sig=AbC%2Fdef&x=1", "https://x/c?sv=1&sig=***&x=1"),
+        ("s3://b/k?X-Amz-Signature=dead00&a=b", "s3://b/k?X-Amz-Signature=***&a=b"),
+        ("postgresql://u:p/s@s@h/db?mail=a@b", "postgresql://u:***@h/db?mail=a@b"),
+        ("https://u:p@h,http://x:y@z/q", "https://u:***@h,http://x:***@z/q"),
+        ('{"password": "a\\"b c", "x": 1}', '{"password": ***, "x": 1}'),
+        (r'"{\"password\": \"a b\", \"x\": 1}"', r'"{\"password\": ***, \"x\": 1}"'),
+        ("password: 'it''s'\nx: 1", "password: ***\nx: 1"),
+        ("a: 1\n  token: |\n    two\n\n    lines\n  x: 1", "a: 1\n  token: ***\n  x: 1"),
+        ("+token: >-\n+  two\n+  lines\n+x: 1", "+token: ***\n+x: 1"),
+        ("+export DB_PASSWORD=ab cd\nseed=1 x", "+export DB_PASSWORD=***\nseed=1 x"),
+        (f"a\n{KEY.format('PRIVATE')}b", "a\n***\nb"),
+        (f"a\n{KEY.format('OPENSSH PRIVATE')}b", "a\n***\nb"),
+    ],
+)
+def test_a_secret_is_hidden_in_whatever_form(text: str, shown: str) -> None:
+    assert redact_text(text) == shown
+    assert redact_text(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pad_token_id: 5, image_key: a, tokens: 5, max_tokens=3, config=5, design=4",
+        "signature = infer_signature(x, signature=None)",
+        "http://localhost:5000/a@b http://[::1]:5000/a@b",
+        KEY.format("PUBLIC"),
+        "--tokens 5 --keys 3",
+        "SEED=1 two words",
+    ],
+)
+def test_harmless_words_stay(text: str) -> None:
+    assert redact_text(text) == text
+
+
 @pytest.mark.ray
 def test_planted_secrets_reach_neither_mlflow_nor_the_report(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)

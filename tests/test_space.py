@@ -409,7 +409,7 @@ def test_without_held_out_examples_a_note_says_what_the_choice_is_made_on() -> N
     none = held_out.model_copy(update={"data": held_out.data.model_copy(update={"holdout": 0})})
     (note,) = objective_notes(space_of(), none)
     assert note == (
-        "no examples are held out (data.holdout: 0): eval/accuracy are of the test split, so the best trial is chosen "
+        "no examples are held out (data.holdout: 0): eval/accuracy is of the test split, so the best trial is chosen "
         "on what it is tested on"
     )
     assert objective_notes(space_of(), held_out) == []

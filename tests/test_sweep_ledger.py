@@ -331,7 +331,7 @@ def test_each_trial_is_a_child_of_the_one_parent(store: Store) -> None:
         assert tags["temper.trial"] == f"t00{number}"
         assert tags["temper.trial.status"] == ("finished", "stopped")[number]
         assert store.points[f"run {number}"] == steps[number]
-        assert run_record(plan) == {**TOLD, "run_id": f"run {number}", "open": False, "delivered": True}
+        assert {**TOLD, "run_id": f"run {number}", "open": False, "delivered": True}.items() <= run_record(plan).items()
 
 
 def test_a_run_is_delivered_while_it_grows(store: Store) -> None:
@@ -340,7 +340,7 @@ def test_a_run_is_delivered_while_it_grows(store: Store) -> None:
     sweep.begin(trial_run(plan))
     write_history(plan, "dense", [record(1), record(2)])
     store.wait_for("run 0", [1, 2])
-    assert run_record(plan) == {**TOLD, "run_id": "run 0", "open": True}
+    assert {**TOLD, "run_id": "run 0", "open": True}.items() <= run_record(plan).items()
     write_history(plan, "dense", [record(3)])
     store.wait_for("run 0", [1, 2, 3])
     sweep.end(plan, "KILLED", {})
@@ -351,10 +351,11 @@ def test_a_run_is_delivered_while_it_grows(store: Store) -> None:
 def test_the_next_attempt_goes_on_with_the_run(store: Store) -> None:
     plan = trial_plan("t000")
     write_history(plan, "dense", [record(1), record(2)])
-    first = begun(store)
-    first.begin(trial_run(plan))
+    first, run = begun(store), trial_run(plan)
+    first.begin(run)
     store.wait_for("run 0", [1, 2])
     assert first.close() == [str(plan.run_folder)]
+    run._held.close()  # as the end of its process does
     assert store.runs["run 0"]["status"] == "RUNNING"
     write_history(plan, "dense", [record(3)])
     second = begun(store)
@@ -520,8 +521,8 @@ def test_a_store_that_lost_the_sweep_after_its_trials_is_given_all_again(store: 
     store.come_back_empty()
     system.samples, system.is_gone = 7, True
     assert sweep.close() == []
-    assert store.opened == ["sweep", "run 0", "sweep", "run 1"]
-    assert (store.points["run 1"], store.runs["run 1"]["status"], system.delivered) == (steps, "FINISHED", 7)
+    assert store.opened == ["sweep", "run 0", "sweep", "run 2"]
+    assert (store.points["run 2"], store.runs["run 2"]["status"], system.delivered) == (steps, "FINISHED", 7)
 
 
 def test_a_real_store_has_the_tree(tmp_path: Path) -> None:

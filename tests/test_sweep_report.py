@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from temper.tracking.report import save, sweep_report
 from temper.tracking.report.figure import ReportFigure, Section
 from temper.tracking.report.page import build_page
 from temper.tracking.report.space_figures import axis_variables, build_axis, build_scale, cells, heat_maps, summarize
-from temper.tracking.report.sweep_figures import CURVES, best_trials, front, pack_rows, timeline
+from temper.tracking.report.sweep_figures import CURVES, best_trials, front, pack_rows, pareto_figures, timeline
 from temper.tracking.report.sweep_page import read_points, sweep_sections, sweep_subtitle, sweep_tiles
 from temper.tracking.results import PhaseRow, RunRow, Sweep, read_sweep
 
@@ -170,6 +171,67 @@ def test_a_sweep_that_has_only_begun_has_a_page() -> None:
         assert "What was asked" in page
 
 
+def told(made: Sweep) -> str:
+    return build_page("a sweep", sweep_subtitle(made), sweep_sections(made, {}), tiles=sweep_tiles(made))
+
+
+def test_trials_that_are_as_good_as_the_best_are_named() -> None:
+    values = [0.9, 0.8, 0.9, 0.9]
+    made = sweep_of([trial(number, {"lr": 0.00703573702}, eval_accuracy=value) for number, value in enumerate(values)])
+    best = made.trials[0].run_id
+    made = replace(made, parent=replace(made.parent, tags={"temper.best.run_id": best}))
+    page = told(made)
+    assert page.count("also t002, t003; the first wins") == 2  # in the tile, and of the winner
+    assert "0.00703573702" in page
+    assert ">0.007036</span>" in page and ">0.00703573702<" not in page
+    assert ">reason<" not in page
+
+
+def test_the_winner_is_repeated_from_its_copy(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").touch()
+    best = trial(0, {"lr": 1}, eval_accuracy=0.5)
+    best = replace(best, tags={**best.tags, "temper.storage": str(tmp_path.parent), "temper.run_folder": tmp_path.name})
+    made = sweep_of([best])
+    tags = {
+        "temper.best.run_id": best.run_id,
+        "temper.best.command": "temper train jobs/one.yaml lr=1",
+        "temper.best.registered": "models:/one/1",
+        "temper.best.alias": "champion",
+    }
+    page = told(replace(made, parent=replace(made.parent, tags=tags)))
+    assert f"<code>temper train {tmp_path / 'job.yaml'}</code>" in page
+    assert "<dd><code>temper train jobs/one.yaml lr=1</code></dd>" in page
+    assert "models:/one/1, @champion" in page
+
+
+def test_what_was_asked_is_in_full() -> None:
+    params = {"space.lr": "{kind: grid, values: [1, 2, 3]}", "space.seed": "{values: [0, 1], kind: grid}", "seed": "7"}
+    notes = json.dumps(["the objective is measured on the <test> split"])
+    made = sweep_of([trial(0, {"lr": 1, "seed": 0}, eval_accuracy=0.5)])
+    page = told(replace(made, parent=replace(made.parent, params=params, tags={"temper.notes": notes})))
+    assert "Running, 1 trial of 6 asked, begun" in page
+    assert "<li>the objective is measured on the &lt;test&gt; split</li>" in page
+    assert "<dt>search seed</dt>" in page
+    drawn = {"space.lr": "{kind: uniform, low: 1, high: 2}", "budget": "{trials: 9}"}
+    assert "1 trial of 9 asked" in sweep_subtitle(replace(made, parent=replace(made.parent, params=drawn)))
+
+
+def test_costs_of_trials_and_of_what_they_share_are_apart(sweep: Sweep, sections: list[Section]) -> None:
+    html = next(section for section in sections if section.title == "Costs").html
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in html.split("<tbody>")[1].split("<tr>")[1:]]
+    steps = {row[0]: int(re.sub(r"<[^>]*>|,", "", row[2])) for row in rows}
+    run = round(sweep.parent.metrics["sweep/steps_run"])
+    assert steps == {"trials": run, "teachers and shared phases": 300, "together": run + 300}
+
+
+def test_one_point_is_no_front() -> None:
+    aims = (ACCURACY, Objective(metric="eval/loss", mode="min"))
+    one = [trial(0, {}, eval_accuracy=0.5, eval_loss=1.0)]
+    assert list(pareto_figures(sweep_of(one, *aims))) == []
+    (shown,) = pareto_figures(sweep_of([*one, trial(1, {}, eval_accuracy=0.4, eval_loss=2.0)], *aims))
+    assert "1 is on the front" in shown.caption
+
+
 def test_the_page_and_its_figures_are_files(uri: str, tmp_path: Path) -> None:
     path = save(sweep_report(uri, TWO_AIMS.id, tmp_path), tmp_path / "page" / "sweep.html")
     assert path.read_text().startswith("<!DOCTYPE html>")
@@ -205,12 +267,18 @@ def phase_row(*, reused: bool = False, **values: Any) -> PhaseRow:
     return PhaseRow(**known, reused=reused, complete=True, **values)
 
 
-def test_a_phase_from_before_the_sweep_is_at_the_left_edge() -> None:
+def test_a_phase_from_before_the_sweep_is_at_zero_and_an_own_one_where_it_was() -> None:
     phase = phase_row(reused=True, computed_by="other", started_ms=-90_000, ended_ms=-60_000)
     (shown,) = timeline(sweep_of([replace(trial(0, {}), phases=(phase,))]))
     assert shown.plotly is not None
     (trace,) = shown.plotly["data"]
     assert (trace["base"], trace["x"]) == ([0], [0])
+    own = phase_row(started_ms=-2000, ended_ms=4000)
+    (shown,) = timeline(sweep_of([replace(trial(0, {}), phases=(own,))]))
+    assert shown.plotly is not None
+    (trace,) = shown.plotly["data"]
+    assert (trace["base"], trace["x"]) == ([-2], [6])
+    assert trace["hovertext"] == ["t000 dense: 6.0 s by the clock, training time 1.0 s"]
 
 
 def test_trials_that_follow_each_other_share_a_row() -> None:
@@ -245,10 +313,11 @@ def test_curves_are_those_of_the_best(uri: str, sections: list[Section], sweep: 
 
 def test_an_interval_is_students() -> None:
     # t of 2 degrees of freedom at 0.975 is 4.303; the deviation of 1, 2, 3 is 1.
-    cell = summarize([1.0, 2.0, 3.0])
-    assert (cell.mean, cell.count) == (2.0, 3)
+    cell = summarize([1.0, 2.0, 3.0], are_repetitions=True)
+    assert (cell.mean, cell.least, cell.most, cell.count) == (2.0, 1.0, 3.0, 3)
     assert cell.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert summarize([0.5]) == type(cell)(0.5, None, 1)
+    assert summarize([0.5], are_repetitions=True).half is None
+    assert summarize([1.0, 2.0, 3.0], are_repetitions=False).half is None
 
 
 def test_the_heat_map_has_means_over_seeds(sweep: Sweep, sections: list[Section]) -> None:
@@ -273,6 +342,9 @@ def test_the_caption_says_what_a_mean_is_over() -> None:
     assert "which differ in lr;" in shown.caption
     assert shown.plotly is not None
     assert shown.plotly["data"][0]["z"] == [[pytest.approx(0.2), 0.1], [0.1, None]]
+    # The two of a cell differ in more than seeds.
+    assert shown.plotly["data"][0]["text"][0][0] == "0.2000<br>0.1000 – 0.3000<br>n = 2"
+    assert "interval" not in shown.caption and "min – max" in shown.caption
 
 
 def test_temperature_and_sparsity_are_the_axes_then_numbers_then_labels() -> None:
@@ -293,7 +365,8 @@ def test_a_variable_of_many_values_is_cut_into_ranges() -> None:
     assert [axis.place(value) for value in (0.0, 9.0, 10.0, 59.0)] == [0, 0, 1, 5]
     assert np.bincount([axis.place(value) for value in values]).tolist() == [10] * 6
     pairs = [trial(number, {"lr": value, "x": 1}, eval_accuracy=value) for number, value in enumerate(values)]
-    assert cells(pairs, build_axis("x", [1]), axis, ACCURACY)[0, 1].mean == pytest.approx(14.5)
+    found = cells(pairs, build_axis("x", [1]), axis, ACCURACY)[0, 1]
+    assert (found.mean, found.half) == (pytest.approx(14.5), None)
 
 
 def test_axes_of_parallel_coordinates() -> None:

@@ -18,7 +18,7 @@ from temper.launch.tracked_run import TrackedRun
 from temper.locks import claimed
 from temper.plan.build import Plan
 from temper.run_folder import HISTORY, LOCK, PHASE_MANIFEST, PLAN, RUN
-from temper.tracking.description import phases_tags, told_phases
+from temper.tracking.description import dataset_input, phases_tags, told_phases
 from temper.tracking.history import History
 from temper.tracking.mlflow_store import build_client, open_parent
 from temper.tracking.tree import read_phases
@@ -125,7 +125,9 @@ def test_every_phase_is_a_run_with_its_evaluations(uri: str, plan: Plan) -> None
         "delivered": True,
     }
     (data,) = known.inputs.dataset_inputs
-    assert data.dataset.digest == plan.data.fingerprint[:36]
+    assert json.loads(data.dataset.profile)["fingerprint"] == plan.data.fingerprint
+    less = replace(plan, data=replace(plan.data, train_examples=1000, validation_examples=437))
+    assert dataset_input(less).dataset.digest != data.dataset.digest == dataset_input(plan).dataset.digest
 
 
 def test_again_changes_nothing(uri: str, plan: Plan) -> None:

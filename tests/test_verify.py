@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from distributed import run_distributed
 from engine_cases import OPTIMIZERS, Case, build_batches, build_engine, rank_rows
 from temper.data.batches import Batch
 from temper.engine.deepspeed_engine import DeepSpeedEngine
+from temper.errors import RunError
+from temper.launch import verify
 from temper.parallel import halo
 from temper.parallel.groups import Group
 from temper.plan.phases import PhasePlan, Pruning
@@ -237,3 +241,33 @@ def test_a_planted_fault_is_named(traces: Path, name: str, against: str, step: i
     assert found is not None
     assert (found.step, found.what, found.name) == (step, what, layer)
     assert str(found).startswith(f"step {step}: {what} of {layer} differs by ")
+
+
+@pytest.mark.parametrize("call", ["open_run", "log_certificate", ""])
+def test_the_certificate_outlasts_a_store_that_is_away(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise RunError("MLflow is away")
+
+    def open_run(uri: str, plan: Any, *, created: Any, **_: Any) -> str:
+        created("run-1")
+        return "run-1"
+
+    closed: list[Any] = []
+    said: list[str] = []
+    for name, value in {
+        "tracking_uri": lambda job: "here",
+        "job_to_yaml": str,
+        "open_run": open_run,
+        "log_certificate": lambda *_: None,
+        "close_run": lambda *told: closed.append(told),
+    }.items():
+        monkeypatch.setattr(verify, name, away if name == call else value)
+    certificate = verify.Certificate("tiny", "f", {}, {}, 3, (), None, 1.0)
+    plan: Any = SimpleNamespace(job=SimpleNamespace(name="tiny"), run_folder=tmp_path)
+    kept = verify._keep(certificate, plan, "temper verify job.yaml", said.append)
+    assert kept.run_id == ("" if call else "run-1")
+    assert json.loads((tmp_path / verify.CERTIFICATE).read_text())["run_id"] == kept.run_id
+    assert len(said) == (1 if call else 0)
+    assert closed == ([] if call == "open_run" else [("here", "run-1", "FINISHED")])

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,8 @@ def _train(options: argparse.Namespace) -> None:
             + "; ".join(filter(None, (result.registered["uri"], result.registered["note"])))
         )
     where = f"--uri {job.tracking.uri}" if job.tracking.uri else f"--storage {job.storage}"
-    _say(f"  MLflow run               {result.run_id}; look at it with: {_program()} ui {where}")
+    run_id = result.run_id or "not there yet, the same command delivers it"
+    _say(f"  MLflow run               {run_id}; look at it with: {_program()} ui {where}")
     _print_json(options, result.to_dict())
 
 
@@ -260,10 +262,11 @@ def _report(options: argparse.Namespace) -> None:
     from temper.tracking.report.run_data import read_run
     from temper.tracking.report.subject import find_subject
 
+    _check_uri(options)
     storage = open_storage(options.storage)
     subject = find_subject(options.reference, storage, storage_uri(storage, options.uri))
     if subject.folder is None:
-        report = sweep_report(subject.uri, subject.run_id, storage)
+        report = sweep_report(subject.uri, subject.run_id, subject.storage)
     else:
         report = run_report(read_run(subject.folder))
     path = save(report, Path(options.to) if options.to else subject.page)
@@ -276,8 +279,18 @@ def _ui(options: argparse.Namespace) -> int:
     from temper.tracking.mlflow_store import storage_uri
     from temper.tracking.ui import serve_ui
 
+    _check_uri(options)
     uri = storage_uri(open_storage(options.storage), options.uri)
     return serve_ui(uri, port=options.port, open_browser=not options.no_browser)
+
+
+def _check_uri(options: argparse.Namespace) -> None:
+    """Raises JobError where --uri is no address that MLflow tracks to."""
+    from temper.plan.checks import check_tracking_uri
+
+    problems = check_tracking_uri(options.uri, "") if options.uri is not None else []
+    if problems:
+        raise JobError([replace(problem, key="--uri") for problem in problems])
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -354,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_phases_commands(phases.add_subparsers(dest="action", required=True, metavar="ACTION"))
     ui = _add_command(commands, "ui", _ui, "open MLflow on the runs")
     ui.add_argument("--uri", help="a job's tracking.uri; default: MLFLOW_TRACKING_URI, else the storage's database")
-    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--port", type=_port, default=5000)
     ui.add_argument("--no-browser", action="store_true", help="only serve")
     doctor = _add_command(commands, "doctor", _doctor, "check this machine and name each fault with its remedy")
     for command in (evaluate, export, report, ui, doctor):
@@ -385,6 +398,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is no port: 0 to 65535")
     return number
 
 

@@ -342,7 +342,8 @@ def objective_notes(space: SpaceConfig, job: JobConfig) -> list[str]:
     metrics = [objective.metric for objective in space.objectives if objective.metric.startswith("eval/")]
     if job.data.holdout > 0 or not metrics:
         return []
+    verb = "is" if len(metrics) == 1 else "are"
     return [
-        f"no examples are held out (data.holdout: 0): {' and '.join(metrics)} are of the test split, so the best trial "
-        "is chosen on what it is tested on"
+        f"no examples are held out (data.holdout: 0): {' and '.join(metrics)} {verb} of the test split, so the best "
+        "trial is chosen on what it is tested on"
     ]

@@ -241,6 +241,8 @@ def _sqlite_finding(path: Path) -> Finding:
 
 def _check_runs(storage: Path) -> Iterator[Finding]:
     """Runs that MLflow shows as RUNNING and nobody is at."""
+    if not os.path.isdir(storage):
+        return  # another check says so
     uri = storage_uri(storage)
     settled = reconcile(storage)
     if uri.startswith(("http://", "https://")) or os.path.exists(uri.removeprefix("sqlite:///")):

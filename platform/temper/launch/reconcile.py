@@ -165,7 +165,8 @@ def _settle(left: _Left) -> Settled:
     if not close_run(uri, run_id, status, _TIMEOUT_S, ended_ms):
         raise RunError("the store did not take the end of the run in time")
     write_json(left.record, {**left.known, "open": False, "status": status, "delivered": True})
-    return Settled(left.folder.name, run_id, status)
+    name = f"{left.folder.parent.name}/{left.folder.name}" if left.plan is None else run_name(left.plan)
+    return Settled(name, run_id, status)
 
 
 def _end_run(left: _Left, plan: Mapping[str, Any]) -> tuple[RunStatus, int | None]:

@@ -62,8 +62,8 @@ def launch_verify(
     """Verifies `job`; `say` is told what is being done, for people.
 
     Teachers that have not been trained are trained first. The certificate lies in `<run folder>/verify.json` and in an
-    MLflow run of its own, `run_id`, which is empty where MLflow does not take it. Raises JobError where the job cannot be planned or has no equal in one process, and RunError
-    where a step fails.
+    MLflow run of its own, `run_id`, which is empty where MLflow does not take it. Raises JobError where the job cannot
+    be planned or has no equal in one process, and RunError where a step fails.
     """
     started = time.perf_counter()
     prepare_environment(address)
@@ -203,7 +203,7 @@ def _keep(certificate: Certificate, plan: Plan, command: str, say: Callable[[str
     """Writes the certificate where the run's files are, and into MLflow, if that takes it: a proof that took minutes is
     not lost with a store that is away."""
     uri, file, opened = tracking_uri(plan.job), plan.run_folder / CERTIFICATE, list[str]()
-    verdict, status = ("equal", "FINISHED") if certificate.difference is None else ("differs", "FAILED")
+    is_equal = certificate.difference is None
     write_json(file, certificate.to_dict())
     try:
         run_id = open_run(
@@ -216,11 +216,11 @@ def _keep(certificate: Certificate, plan: Plan, command: str, say: Callable[[str
             tags={"temper.kind": "verify"},
         )
         logged = replace(certificate, run_id=run_id)
-        log_certificate(uri, run_id, logged.to_dict(), verdict)
+        log_certificate(uri, run_id, logged.to_dict(), "equal" if is_equal else "differs")
     except RunError as error:
         logged = certificate
         say(f"MLflow lacks the certificate, which is {file}: {error}")
     for run_id in opened:
-        close_run(uri, run_id, status)
+        close_run(uri, run_id, "FINISHED" if is_equal else "FAILED")
     write_json(file, logged.to_dict())
     return logged

@@ -197,7 +197,7 @@ def is_lost(record: Path) -> bool:
 
 
 def _note_lost(record: Path, run_id: str) -> None:
-    if is_lost(record):
+    if (read_json(record.with_name(LOST)) or {}).get("run_id") == run_id:
         return
     try:
         write_json(record.with_name(LOST), {"run_id": run_id})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -140,24 +141,32 @@ def origin_files() -> dict[str, str]:
 
 
 def dataset_input(plan: Plan) -> DatasetInput:
-    """The data set that a run is trained on; its digest is the beginning of the data's fingerprint."""
+    """The data set that a run is trained on: the data's fingerprint, and what the job makes of them.
+
+    MLflow keeps one data set for each name and digest in an experiment, so that the digest is over all that is said.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     data, facts = plan.job.data, plan.data
     source = redact_values(data.model_dump(mode="json", exclude_defaults=True))
-    schema = {"shape": list(facts.shape), "num_classes": facts.num_classes}
+    features = {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, *facts.shape]}}
+    labels = {"type": "tensor", "tensor-spec": {"dtype": "int64", "shape": [-1]}}
+    schema = {"mlflow_tensorspec": {"features": json.dumps([features]), "targets": json.dumps([labels])}}
     counts = {
+        "fingerprint": facts.fingerprint,
+        "num_classes": facts.num_classes,
         "train_examples": facts.train_examples,
         "validation_examples": facts.validation_examples,
         "test_examples": facts.test_examples,
     }
+    said = [json.dumps(each) for each in (source, schema, counts)]
     dataset = Dataset(
         name=Path(facts.folder).name or data.kind,
-        digest=facts.fingerprint[:_DIGEST_LENGTH],
+        digest=hashlib.sha256("".join(said).encode()).hexdigest()[:_DIGEST_LENGTH],
         source_type=data.kind,
-        source=json.dumps(source),
-        schema=json.dumps(schema),
-        profile=json.dumps(counts),
+        source=said[0],
+        schema=said[1],
+        profile=said[2],
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 

@@ -310,11 +310,12 @@ def open_parent(
     tags: Mapping[str, str],
     params: Mapping[str, str],
     texts: Mapping[str, str],
+    began_ms: int | None = None,
     created: Callable[[str], None] = lambda run_id: None,
 ) -> str:
     """Create the parent run of a sweep over `job`, or go on with run `run_id`; return the run's id. `texts` are its
-    artifacts, by their paths. `created` is called, what is missing is logged, and RunError raised as by
-    :func:`open_run`."""
+    artifacts, by their paths; it began at `began_ms`, by default now. `created` is called, what is missing is logged,
+    and RunError raised as by :func:`open_run`."""
     from mlflow.entities import Param
 
     try:
@@ -322,7 +323,7 @@ def open_parent(
         run = _find_run(client, run_id) if run_id else None
         if run is None:
             experiment_id = _experiment_id(client, job.tracking.experiment, _artifact_root(uri, job))
-            run = create_run(client, experiment_id, name, tags)
+            run = create_run(client, experiment_id, name, tags, began_ms)
             created(str(run.info.run_id))
         client.update_run(run.info.run_id, status="RUNNING")
         new = [Param(key, value) for key, value in safe_params(params).items() if key not in run.data.params]

@@ -1,5 +1,5 @@
-"""Secrets out of everything that is logged: passwords in addresses, values of keys that name a secret, and, wherever
-they stand, the secrets of this process's environment."""
+"""Secrets out of everything that is logged: passwords in addresses, values of keys that name a secret, private keys,
+and, wherever they stand, the secrets of this process's environment."""
 
 from __future__ import annotations
 
@@ -16,15 +16,45 @@ _SECRET_NAME = (
     r"|(?:api|access|secret|private|auth|encryption|signing)[_\-.]?key(?:[_\-.]?id)?)"
 )
 _SECRET_KEY = re.compile(_SECRET_NAME, re.IGNORECASE)
-_PASSWORD_IN_URI = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"]*):(?P<secret>[^\s/'\"]+)@")
+# One with a `/` ends where a host follows, and is no port with a path that has an `@`.
+_PASSWORD_IN_URI = re.compile(
+    r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]{0,20}://[^\s/:@'\"\[]*):"
+    r"(?P<secret>[^\s/'\"]+|(?!\d+/)[^\s'\"]+?)@(?![^\s/'\"]*@)"
+)
 # A token instead of a name and a password; only of addresses in which a name alone would make no sense.
 _TOKEN_IN_URI = re.compile(r"(?P<before>https?://)(?P<secret>[^\s/:@'\"]+)@")
+# With escapes as JSON, Python and YAML have them; JSON in a text of JSON has its quotes escaped.
+_QUOTED = (
+    r"\"(?:[^\"\\\n]|\\.)*\"|\"[^\"\n]*\"|'(?:[^'\\\n]|\\.|'')*'|'(?:[^'\n]|'')*'"
+    r"|(?P<quote>\\+[\"'])[^\n]*?(?P=quote)"
+)
+# YAML's `key: |` and the lines after it that are indented as the first; in a diff they begin with + or -.
+_BLOCK = r"[|>][\d+\-]*[ \t]*\n(?P<indent>[+\-]?[ \t]+)[^\n]*(?:\n(?:(?P=indent)[^\n]*|[+\-]?[ \t]*(?=\n|\Z)))*"
 _ASSIGNMENT = re.compile(
-    rf"(?P<before>(?<![\w.\-]){_SECRET_NAME}['\"]?\s*[=:]\s*)(?P<secret>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;&}}\]'\"]+)",
+    rf"(?P<before>(?<![\w.\-]){_SECRET_NAME}\\*['\"]?\s*[=:]\s*(?:(?:bearer|basic|token)[ \t]+)?)"
+    rf"(?P<secret>{_BLOCK}|{_QUOTED}|[^\s,;&}}\]'\"]+)",
     re.IGNORECASE,
+)
+# A line of a file of variables, whose value goes to its end, with spaces and all.
+_VARIABLE = re.compile(
+    rf"^(?P<before>[+\- ]?(?:export[ \t]+)?(?-i:(?=[A-Z0-9_]+=)){_SECRET_NAME}=)(?P<secret>[^\s'\"][^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_OPTION = re.compile(
+    rf"(?P<before>(?<![\w\-])--{_SECRET_NAME}(?:[ \t]+|['\"],\s*))(?P<secret>{_QUOTED}|(?!-|\*{{3}})[^\s'\"]+)",
+    re.IGNORECASE,
+)
+# Of signed addresses; the bare word `signature` is also that of a function.
+_SIGNATURE = re.compile(
+    r"(?P<before>(?:[?&][\w\-]*signature|(?<![\w.\-])(?:[\w\-]+-signature|sig))=)(?P<secret>[^\s,;&}\]'\"]+)",
+    re.IGNORECASE,
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----(?:.*?-----END(?:[A-Z ]*-----)?|[\sA-Za-z0-9+/=\\\-]*)", re.DOTALL
 )
 
 
+_FOLDERS = ("PWD", "OLDPWD")  # of the shell: no passwords
 _SHORTEST = 6
 """Characters of a secret in the environment that is looked for everywhere: a shorter one is part of other words."""
 
@@ -35,19 +65,22 @@ def is_secret(key: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """The text with `***` for passwords in `scheme://user:password@host`, for values in `password: …` and `token=…`,
-    and for whatever is a secret in the environment."""
+    """The text with `***` for passwords in `scheme://user:password@host`, for values in `password: …`, `token=…` and
+    `--secret …`, for signatures in addresses, for private keys, and for whatever is a secret in the environment."""
     for secret in _secrets_of(tuple(_in_environment())):
         text = text.replace(secret, HIDDEN)
+    text = _PRIVATE_KEY.sub(HIDDEN, text)
     text = _PASSWORD_IN_URI.sub(rf"\g<before>:{HIDDEN}@", text)
     text = _TOKEN_IN_URI.sub(rf"\g<before>{HIDDEN}@", text)
-    return _ASSIGNMENT.sub(rf"\g<before>{HIDDEN}", text)
+    for pattern in (_VARIABLE, _ASSIGNMENT, _OPTION, _SIGNATURE):
+        text = pattern.sub(rf"\g<before>{HIDDEN}", text)
+    return text
 
 
 def _in_environment() -> Iterator[tuple[str, str]]:
     """Variables that name a secret, or that may hold an address with one."""
     for name, value in os.environ.items():
-        if "://" in value or _is_named_secret(name):
+        if name not in _FOLDERS and ("://" in value or _is_named_secret(name)):
             yield name, value
 
 

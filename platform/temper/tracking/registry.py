@@ -167,6 +167,20 @@ def version_tags(uri: str, name: str, version: str) -> dict[str, str] | None:
     return _asked(uri, lambda client: dict(client.get_model_version(name, version).tags))
 
 
+def versions_beside(uri: str, name: str, version: str, within_s: float) -> dict[str, dict[str, str]]:
+    """The tags of the versions of a registered model that were made at about the same time as `version`, with it; by
+    version. Empty where there is no such version."""
+
+    def find(client: MlflowClient) -> dict[str, dict[str, str]]:
+        made_ms = client.get_model_version(name, version).creation_timestamp
+        quote = '"' if "'" in name else "'"
+        newest = client.search_model_versions(f"name = {quote}{name}{quote}", 100, ["version_number DESC"])
+        near = (each for each in newest if abs(each.creation_timestamp - made_ms) <= 1000 * within_s)
+        return {str(each.version): dict(each.tags) for each in near}
+
+    return _asked(uri, find) or {}
+
+
 def set_alias(uri: str, name: str, alias: str, version: str) -> None:
     """Gives the alias to the version, whichever had it before."""
     _told(uri, lambda client: client.set_registered_model_alias(name, alias, version))

@@ -240,6 +240,7 @@ class Coordinator:
             "phases_run": self._phases_run,
             "phases_reused": len(self._phases_reused()),
             "steps_run": self._steps_run,
+            "steps_computed": self._steps_computed(),
             "undelivered": missing,
             "broken": self._broken,
             "view": self.view()[0],
@@ -457,6 +458,19 @@ class Coordinator:
     def _phases_run(self) -> int:
         """Phases that this sweep has computed."""
         return len(self._shared) + sum(len(trial.computed) for trial in self._trials.values())
+
+    def _steps_computed(self) -> int:
+        """Of this sweep's phases, by whichever command, and of those that a scheduler broke off."""
+        trials = self._trials.values()
+        steps = {phase.fingerprint: phase.steps for trial in trials for phase in trial.plan.phases}
+        whole = self._shared | {fingerprint for trial in trials for fingerprint in trial.computed}
+        broken = [
+            trial.step - phase.first_step
+            for trial in trials
+            for phase in trial.plan.phases
+            if phase.first_step < trial.step < phase.last_step and phase.fingerprint not in whole
+        ]
+        return sum(steps.get(fingerprint, 0) for fingerprint in whole) + sum(broken)
 
     def note_steps(self, steps: int) -> None:
         with self._lock:

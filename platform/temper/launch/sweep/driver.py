@@ -51,9 +51,10 @@ class SweepResult:
 
     `trials` are in the order of their ids. `best` is the one of them that wins on the first objective, with the
     `overrides` that repeat it, the `folder` of its export and what it is `registered` as; `front` are the ids of the
-    Pareto front, where there are several objectives. `phases_run`, `phases_reused` and `steps_saved` are the sweep's,
-    whichever command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the audit found,
-    `undelivered` the folders of runs that MLflow did not take, and `told` whether it took what came of the sweep.
+    Pareto front, where there are several objectives. `phases_run`, `phases_reused`, `steps_computed` and `steps_saved`
+    are the sweep's, whichever command ran them; `seconds` and `steps_run` are this command's. `left_behind` is what the
+    audit found, `undelivered` the folders of runs that MLflow did not take, and `told` whether it took what came of the
+    sweep.
     """
 
     parent_run_id: str
@@ -67,8 +68,9 @@ class SweepResult:
     phases_run: int
     phases_reused: int
     steps_run: int
-    steps_saved: int
     left_behind: str
+    steps_computed: int = 0
+    steps_saved: int = 0
     undelivered: list[str] = field(default_factory=list)
     told: bool = False
     summary: tuple[str, ...] = ()
@@ -103,7 +105,7 @@ def launch_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], optio
         (spec.folder / SPACE).write_text(space_to_yaml(space))
         display = build_sweep_display(options.display, space.name)
         stack.callback(display.close)
-        for note in plan.notes:
+        for note in plan.spec.notes:
             display.note(note)
         known = read_ledger(spec.folder / LEDGER)
         done = read_json(spec.folder / RESULT) if _is_over(plan, known) else None
@@ -332,6 +334,7 @@ def _conclude(
         phases_run=outcome["phases_run"],
         phases_reused=outcome["phases_reused"],
         steps_run=outcome["steps_run"],
+        steps_computed=outcome["steps_computed"],
         steps_saved=outcome["view"].steps_saved,
         left_behind=audit,
         undelivered=outcome["undelivered"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from temper.claims import folder_id
 from temper.errors import RunError
 from temper.files import write_json
 from temper.launch.sweep.spec import SweepSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from temper.launch.sweep.driver import SweepResult
 
 _ROWS = 20
+_NOTES = 12  # which fit into a tag
 
 
 def open_sweep(spec: SweepSpec) -> str:
@@ -36,6 +38,8 @@ def open_sweep(spec: SweepSpec) -> str:
         "temper.objectives": json.dumps(objectives),
         "temper.storage": spec.storage,
         "temper.run_folder": spec.place,
+        "temper.storage.id": folder_id(storage_folder(spec.storage)),
+        "temper.notes": json.dumps([note[:500] for note in spec.notes[:_NOTES]]),
         **origin_tags(spec.command),
     }
     asked = space.model_dump(mode="json", exclude={"name", "job", "space", "objectives"}, exclude_defaults=True)
@@ -55,6 +59,7 @@ def open_sweep(spec: SweepSpec) -> str:
         tags=tags,
         params=params,
         texts={**spec.texts, **origin_files()},
+        began_ms=spec.began_ms,
         # At once: what fails after that must not lead to another parent.
         created=lambda run_id: _record(spec, run_id, open=True),
     )
@@ -74,7 +79,7 @@ def tell_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) ->
         **{f"sweep/trials_{status}": float(statuses.count(status)) for status in sorted(set(statuses))},
         "sweep/phases_run": float(result.phases_run),
         "sweep/phases_reused": float(result.phases_reused),
-        "sweep/steps_run": float(result.steps_run),
+        "sweep/steps_run": float(result.steps_computed),
         "sweep/steps_saved": float(result.steps_saved),
         "sweep/seconds": result.seconds,
     }
@@ -87,6 +92,7 @@ def tell_outcome(spec: SweepSpec, result: SweepResult, display: SweepDisplay) ->
             "temper.best.overrides": " ".join(best["overrides"]),
             "temper.best.command": spec.train_line(best["params"]),
             "temper.best.registered": best["registered"],
+            "temper.best.alias": best.get("alias", ""),
         }
     try:
         note = lambda experiment: _note(spec, result, f"#/experiments/{experiment}/runs")  # noqa: E731

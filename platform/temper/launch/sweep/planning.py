@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,7 +44,6 @@ class SweepPlan:
     first: Params
     shared: int
     teaching: bool
-    notes: tuple[str, ...]
 
 
 def plan_sweep(
@@ -73,6 +73,7 @@ def plan_sweep(
         clock=RungClock.of(["dense"], "dense"),
         concurrency=1,
         embedded=session.is_embedded,
+        began_ms=int(time.time() * 1000),
         texts={SPACE: space_to_yaml(space), "job.yaml": job_file.read_text()},
     )
     corners = check_corners(space, draft.plan_alike)
@@ -81,14 +82,15 @@ def plan_sweep(
     _check_mode(plans)
     shared = len(shared_phases(plans))
     concurrency = _concurrency(space, plans, None if trials is None else len(trials), session.address)
+    counts = _notes(plans, duplicates, concurrency) if trials is not None else []
     spec = replace(
         draft,
         place=f"sweeps/{space.name}-{_fingerprint(space, corners.plans)}",
         ids=_ids(trials or []),
         clock=_clock(space, plans),
         concurrency=concurrency,
+        notes=(*corners.notes, *counts),
     )
-    counts = _notes(plans, duplicates, concurrency) if trials is not None else []
     return SweepPlan(
         spec=spec,
         trials=None if trials is None else _order(trials, plans, shared),
@@ -96,7 +98,6 @@ def plan_sweep(
         first=trials[0] if trials else corners.params[0],
         shared=shared,
         teaching=share_teachers(plans) and (share_cache(plans) or not any(map(_cache_of, plans))),
-        notes=(*corners.notes, *counts),
     )
 
 
@@ -190,7 +191,7 @@ def preview_sweep(space: SpaceConfig, file: Path, overrides: Sequence[str], addr
         "shared": [phase.name for phase in plan.plans[0].phases[: plan.shared]],
         "rungs": [f"{phase} {share:g}" for phase, share in plan.spec.clock.rungs],
         **(_totals(plan.plans) if plan.trials is not None else {}),
-        "notes": list(plan.notes),
+        "notes": list(plan.spec.notes),
     }
 
 

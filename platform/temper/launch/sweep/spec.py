@@ -22,8 +22,8 @@ from temper.tracking.sweep_progress import winner_lines
 class SweepSpec:
     """`overrides` are those of the command line, for every trial; `place` is the sweep's folder in the storage; `ids`
     are those of the trials that are known beforehand, by their params' key. `concurrency` counts worker groups.
-    `working_folder` is the driver's, in which relative paths of a job are looked for. `texts` describe the sweep in
-    MLflow."""
+    `working_folder` is the driver's, in which relative paths of a job are looked for. `texts` and `notes` describe
+    the sweep in MLflow, which begins at `began_ms`, Unix time."""
 
     space: SpaceConfig
     job_file: Path
@@ -39,7 +39,9 @@ class SweepSpec:
     clock: RungClock
     concurrency: int
     embedded: bool
+    began_ms: int
     texts: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:

@@ -175,7 +175,8 @@ function dressed(figure, name) {
 
 // Names of bands, each in the middle of its shape, as far as there is room for them.
 function fitting({ annotations = [], shapes = [], xaxis }, width) {
-  const letters = width / 7 / ((xaxis?.range?.[1] ?? 0) - (xaxis?.range?.[0] ?? 0));
+  const edges = xaxis?.range ?? shapes.flatMap(({ x0, x1 }) => [x0, x1]);
+  const letters = width / 8 / (Math.max(...edges) - Math.min(...edges));
   const band = ({ x }) => shapes.find(({ type, x0, x1 }) => type === "rect" && (x0 + x1) / 2 === x);
   const fits = (note) => !band(note) || (band(note).x1 - band(note).x0) * letters > note.text.length;
   return annotations.filter(fits);
@@ -224,18 +225,10 @@ function fitTables() {
 
 addEventListener("beforeprint", () => {
   fitTables();
-  for (const fold of document.querySelectorAll("details:not([open])")) {
-    fold.open = true;
-    fold.dataset.opened = "true";
-  }
   drawPlots("light", PAPER_WIDTH);
 });
 addEventListener("afterprint", () => {
   for (const table of document.querySelectorAll("table.sortable")) table.style.zoom = "";
-  for (const fold of document.querySelectorAll("details[data-opened]")) {
-    fold.open = false;
-    delete fold.dataset.opened;
-  }
   drawPlots();
 });
 

@@ -101,7 +101,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Content]], caption: str
         for title, is_number in zip(header, numeric, strict=True)
     )
     lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in body]
-    heading = f"<caption>{escape(caption)}</caption>" if caption else ""
+    heading = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     place = "wide long" if len(body) > _LONG else "wide"
     parts = [
         f'<div class="{place}" tabindex="0"><table class="sortable">{heading}',
@@ -128,8 +128,14 @@ def note(content: Content) -> Html:
     return Html(f'<p class="quiet">{markup(content)}</p>')
 
 
+def bullets(texts: Sequence[str]) -> Html:
+    """Sentences, one below the other; nothing where there are none."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return Html(f'<ul class="quiet">{items}</ul>' if texts else "")
+
+
 def fold(title: str, content: Content) -> Html:
-    """Content that is shown on demand, and always on paper."""
+    """Content that is shown on demand; on paper only where the reader has opened it."""
     return Html(f"<details><summary>{escape(title)}</summary>\n{markup(content)}</details>")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from temper.tracking.report.figure import WIDTH, ReportFigure, colour, plain
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 Style = Literal["thin", "dotted", "diamonds", "stairs"]
 
-_LETTERS = 110  # of the bands' names that fit in above the static form
+_LETTERS = 85  # of the bands' names that fit in above the static form
+_LETTERS_AN_INCH = 14  # of the name beside a panel; a name longer than the panel would leave it no height
+_LEAST_HEIGHT = 1.0  # inches of a panel, below which ticks and margins leave nothing of it
 _PIXELS = 118  # of the interactive form, to an inch of the static one
 _GAP = 26  # pixels between panels
 _TOP, _LEGEND, _BOTTOM = 28, 30, 46  # pixels for the bands' names, the legend, and the axis of steps
@@ -109,7 +112,7 @@ def panel_figure(
 def _draw(panels: Sequence[Panel], bands: Sequence[Band], axis: str) -> Figure:
     from matplotlib.figure import Figure
 
-    heights = [panel.height for panel in panels]
+    heights = [max(panel.height, _LEAST_HEIGHT) for panel in panels]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.75))
     axes = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for place, panel in zip(axes, panels, strict=True):
@@ -125,7 +128,7 @@ def _draw_panel(place: Axes, panel: Panel) -> None:
     for line in panel.lines:
         for steps, values in line.parts:
             place.plot(steps, values, color=colour(line.colour), **_MATPLOTLIB[line.style])
-    place.set_ylabel(panel.label)
+    place.set_ylabel(fill(panel.label, round(_LETTERS_AN_INCH * max(panel.height, _LEAST_HEIGHT))))
     place.yaxis.set_label_coords(-0.085, 0.5)  # one below the other; to align them takes as long as to draw them
     place.grid(axis="y")
     place.set_axisbelow(True)

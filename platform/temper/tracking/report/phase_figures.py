@@ -34,6 +34,7 @@ class _Bar:
     begin: float
     length: float
     is_reused: bool
+    text: str
 
 
 def timeline_figure(run: RunData) -> ReportFigure | None:
@@ -41,9 +42,9 @@ def timeline_figure(run: RunData) -> ReportFigure | None:
     bars = _bars(run)
     if not bars:
         return None
-    caption = "Seconds from the start of the run."
+    caption = "Seconds from the start of the run, by the clock; training time leaves out start-up and the first step."
     if any(bar.is_reused for bar in bars):
-        caption += " Hatched, left of zero: phases that were reused, as long as they took when they were computed."
+        caption += " Hatched, left of zero: phases that were reused, as long as their training took."
     return ReportFigure(
         "timeline", "Phases in time", caption, lambda: _draw_timeline(run, bars), _plotly_timeline(run, bars)
     )
@@ -63,11 +64,13 @@ def _bars(run: RunData) -> list[_Bar]:
     for phase in run.phases:
         state = phase.state
         if state is not None and state.is_reused:
-            bars.append(_Bar(phase, before, state.seconds, True))
+            text = f"reused, training time {state.seconds:,.2f} s"
+            bars.append(_Bar(phase, before, state.seconds, True, text))
             before += state.seconds
         elif state is not None:
             length = (state.ended_ms - state.started_ms) / 1000
-            bars.append(_Bar(phase, (state.started_ms - begin) / 1000, length, False))
+            text = f"{length:,.2f} s by the clock, training time {state.seconds:,.2f} s"
+            bars.append(_Bar(phase, (state.started_ms - begin) / 1000, length, False, text))
     return bars
 
 
@@ -79,7 +82,7 @@ def _failure_times(run: RunData) -> list[float]:
 def _draw_timeline(run: RunData, bars: Sequence[_Bar]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(bars)))
+    figure = Figure(figsize=(WIDTH, max(1.4, 0.75 + 0.3 * len(bars))))
     axes = figure.subplots()
     for row, bar in enumerate(bars):
         shade = colour(f"--{bar.phase.kind}")
@@ -109,7 +112,7 @@ def _plotly_timeline(run: RunData, bars: Sequence[_Bar]) -> dict[str, Any]:
             "base": [bar.begin],
             "width": 0.62,
             "showlegend": False,
-            "hovertemplate": f"%{{y}}{' (reused)' if bar.is_reused else ''}: {bar.length:,.2f} s<extra></extra>",
+            "hovertemplate": f"%{{y}}: {bar.text}<extra></extra>",
             "marker": {
                 "color": f"--{bar.phase.kind}",
                 "line": {"color": f"--{bar.phase.kind}", "width": 1},
@@ -149,30 +152,37 @@ def classes_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:
     labels = [label for label in last if label in lowest]
     shares = [(phase, [phase.metrics.get(f"{prefix}{label}", math.nan) for label in labels]) for phase in tested]
     caption = "Share of the examples of each class in the test split that are taken for it, at the end of each phase."
+    floor = _floor(shares)
+    if floor:
+        caption += f" The axis begins at {floor:g}."
     if len(labels) < len(last):
         caption += f" Of {len(last)} classes the {len(labels)} with the lowest."
     return ReportFigure(
         "classes",
         "Accuracy by class",
         caption,
-        lambda: _draw_classes(labels, shares),
+        lambda: _draw_classes(labels, shares, floor),
         {
             "data": [
                 {
-                    "type": "bar",
+                    "type": "scatter",
+                    "mode": "markers",
                     "name": plain(phase.name),
                     "x": [plain(label) for label in labels],
                     "y": values,
-                    "marker": {"color": f"--{phase.kind}"},
+                    "offsetgroup": plain(phase.name),
+                    "marker": {"color": f"--{phase.kind}", "size": 8},
+                    "cliponaxis": False,
                     "hovertemplate": "%{y:.4f}",
                 }
                 for phase, values in shares
             ],
             "layout": {
                 "height": 320,
+                "scattermode": "group",
                 "hovermode": "x unified",
                 "xaxis": {"type": "category", "title": {"text": "class"}, "showgrid": False},
-                "yaxis": {"title": {"text": "accuracy"}, "range": [_floor(shares), 1.0]},
+                "yaxis": {"title": {"text": "accuracy"}, "range": [floor, 1.0]},
             },
         },
     )
@@ -184,7 +194,7 @@ def _floor(shares: Sequence[tuple[PhaseData, list[float]]]) -> float:
     return next(floor for floor in (0.9, 0.8, 0.5, 0.0) if floor == 0.0 or lowest > floor + 0.02)
 
 
-def _draw_classes(labels: Sequence[str], shares: Sequence[tuple[PhaseData, list[float]]]) -> Figure:
+def _draw_classes(labels: Sequence[str], shares: Sequence[tuple[PhaseData, list[float]]], floor: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 2.4))
@@ -192,10 +202,11 @@ def _draw_classes(labels: Sequence[str], shares: Sequence[tuple[PhaseData, list[
     width = 0.8 / len(shares)
     for index, (phase, values) in enumerate(shares):
         places = [place + width * (index + 0.5) - 0.4 for place in range(len(labels))]
-        axes.bar(places, values, width=0.9 * width, color=colour(f"--{phase.kind}"), label=phase.name)
+        shade = colour(f"--{phase.kind}")
+        axes.plot(places, values, "o", color=shade, markersize=4, clip_on=False, label=phase.name)
     long = max(map(len, labels)) * len(labels) > 90
     axes.set_xticks(range(len(labels)), [short_name(label, 15) for label in labels], rotation=60 if long else 0)
-    axes.set_ylim(_floor(shares), 1)
+    axes.set_ylim(floor, 1)
     axes.set_ylabel("accuracy")
     axes.set_xlabel("class")
     axes.grid(axis="y")
@@ -239,7 +250,7 @@ def _draw_sparsity(phases: Sequence[PhaseData], layers: Sequence[str], measured:
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
     from matplotlib.figure import Figure
 
-    heights = [1.1, min(8.5, 0.5 + 0.17 * len(layers))]
+    heights = [1.1, max(1.0, min(8.5, 0.5 + 0.17 * len(layers)))]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.6))
     total, each = figure.subplots(2, 1, sharex=True, height_ratios=heights)
     shade = to_rgba(colour("--sparse"))

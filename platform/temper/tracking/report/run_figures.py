@@ -20,7 +20,8 @@ def training_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:
     """Evaluations, losses, the learning rate and the norm of the gradient."""
     if not any(phase.records for phase in phases):
         return None
-    names = recorded(_records(phases), "eval/") + [f"eval/{name[5:]}" for name in recorded(_records(phases), "test/")]
+    tested = recorded(_records(phases), "test/")
+    names = recorded(_records(phases), "eval/") + [f"eval/{name[5:]}" for name in tested]
     evaluated = [name[5:] for name in dict.fromkeys(names) if name.count("/") == 1 and name != f"eval/{_AGREEMENT}"]
     panels = [
         *(Panel(name.replace("_", " "), _evaluations(phases, name)) for name in evaluated if name != "loss"),
@@ -28,15 +29,17 @@ def training_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:
         Panel("learning rate", [_line(phases, "train/lr", "learning rate", "--series-7", "stairs")], 0.8, True),
         Panel("gradient norm", [_line(phases, "train/grad_norm", "gradient norm", "--series-6")], 0.8, log=True),
     ]
-    caption = (
-        "Where values are many, a point is the mean of some in a row. Diamonds: the test split, at ends of phases."
-    )
+    caption = "Where values are many, a point is the mean of some in a row."
+    if tested:
+        caption += " Diamonds: the test split, at ends of phases."
+    if len(_terms(phases)) > 1:
+        caption += " Training: the sum of all terms; evaluation and test: the loss on labels alone."
     return panel_figure("training", "Loss and evaluation", caption, panels, bands_of(phases))
 
 
 def terms_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:
     """The terms of a loss of several."""
-    names = recorded(_records(phases), "train/loss/")
+    names = _terms(phases)
     if len(names) < 2:
         return None
     lines = [
@@ -45,6 +48,10 @@ def terms_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:
     ]
     caption = "Weighted as they are added up to the loss of training."
     return panel_figure("terms", "Terms of the loss", caption, [Panel("loss", lines, 2.2, log=True)], bands_of(phases))
+
+
+def _terms(phases: Sequence[PhaseData]) -> list[str]:
+    return recorded(_records(phases), "train/loss/")
 
 
 def agreement_figure(phases: Sequence[PhaseData]) -> ReportFigure | None:

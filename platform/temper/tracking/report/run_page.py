@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from temper.plan.distill import FeaturePair
+from temper.plan.facts import labelled_examples
 from temper.plan.metric_names import without_classes
 from temper.plan.show import describe_level, describe_soft_targets
 from temper.products import run_name
@@ -25,6 +26,7 @@ from temper.tracking.report.page import (
     Html,
     Number,
     Tile,
+    bullets,
     code,
     duration,
     fold,
@@ -53,6 +55,7 @@ from temper.tracking.tree import costs_of
 _TEACHER = "teacher/"  # what the names of the teacher's metrics on the student's test split begin with
 _PAIRS = TypeAdapter(list[FeaturePair])
 _SHOWN_FAILURES = 50
+_TIMES = "Training time leaves out start-up and the first step."
 
 
 def run_subtitle(run: RunData) -> Html:
@@ -73,7 +76,7 @@ def run_tiles(run: RunData) -> list[Tile]:
         for name in sorted(tested, key=lambda name: name == "test/loss")[:3]
     ]
     costs = costs_of(run.began, run.plan["batch"]["global_batch"])
-    tiles.append(Tile("computed", _cost(run, costs, "cost/seconds"), f"{costs['cost/steps']:,.0f} steps"))
+    tiles.append(Tile("training time", _cost(run, costs, "cost/seconds"), f"{costs['cost/steps']:,.0f} steps"))
     if costs["cost/steps_saved"]:
         note = f"{costs['cost/steps_saved']:,.0f} steps reused"
         tiles.append(Tile("saved", _cost(run, costs, "cost/seconds_saved"), note))
@@ -85,7 +88,7 @@ def run_sections(run: RunData) -> list[Section]:
     """All sections on a run; those that have nothing to say are empty."""
     phases = run.phases
     return [
-        Section("What was asked", key_table(_asked(run)), details=_notes(run.plan.get("notes", []))),
+        Section("What was asked", key_table(_asked(run)), details=bullets(run.plan.get("notes", []))),
         Section(
             "What happened",
             key_table(_happened(run)),
@@ -128,7 +131,8 @@ def _asked(run: RunData) -> list[tuple[str, Content]]:
         ("model", f"{_flow(job.model)}; {plan['model']['num_parameters']:,} parameters"),
         (
             "data",
-            f"{job.data.kind}: {data['train_examples']:,} examples{held_out}, {data['test_examples']:,} for the test",
+            f"{_flow(job.data)}; {data['train_examples']:,} examples{_labelled(run)}{held_out}, "
+            f"{data['test_examples']:,} for the test",
         ),
         ("loss", _flow(job.loss)),
         ("optimizer", _flow(job.optimizer)),
@@ -144,6 +148,13 @@ def _asked(run: RunData) -> list[tuple[str, Content]]:
         ("batch", f"{batch['global_batch']:,} examples, in micro-batches of {batch['micro_batch']:,}"),
         ("seed", str(job.seed)),
     ]
+
+
+def _labelled(run: RunData) -> str:
+    """How many of the examples have a label, where not all of them have one."""
+    data, share = run.plan["data"], run.job.data.labels
+    every = data["train_examples"] + data.get("left_out_examples", 0)
+    return f", {labelled_examples(share, every):,} of {every:,} labelled" if share < 1 else ""
 
 
 def _teaching(run: RunData) -> list[tuple[str, Content]]:
@@ -176,11 +187,6 @@ def _teacher_test(run: RunData) -> list[tuple[str, Content]]:
         for name in found
     ]
     return [("teacher on the test split", Html(", ".join(values)))] if values else []
-
-
-def _notes(notes: Sequence[str]) -> Html:
-    items = "".join(f"<li>{markup(text)}</li>" for text in notes)
-    return Html(f'<ul class="quiet">{items}</ul>' if notes else "")
 
 
 def _flow(section: Any) -> str:
@@ -222,7 +228,7 @@ def _phase_table(run: RunData) -> Html:
     ended = [name for phase in run.phases for name in without_classes(phase.metrics)]
     metrics = [name for name in dict.fromkeys(ended) if name.startswith(("eval/", "test/"))]
     header = ["phase", "steps", "learning rate", "pruned", "zero weights", *metrics]
-    header += ["seconds", "computed by", "fingerprint"]
+    header += ["training time", "computed by", "fingerprint"]
     rows = [
         [
             Html(f'<span class="mark" style="background:var(--{phase.kind})"></span>{markup(phase.name)}'),
@@ -237,13 +243,13 @@ def _phase_table(run: RunData) -> Html:
         ]
         for phase in run.phases
     ]
-    return table(header, rows)
+    return table(header, rows, _TIMES)
 
 
 def _seconds(phase: PhaseData) -> Content:
     if phase.state is None:
         return "not begun"
-    return Number(phase.state.seconds, f"{phase.state.seconds:,.1f}" if phase.is_complete else "not complete")
+    return Number(phase.state.seconds, duration(phase.state.seconds) if phase.is_complete else "not complete")
 
 
 def _computed_by(run: RunData, phase: PhaseData) -> Content:
@@ -251,7 +257,8 @@ def _computed_by(run: RunData, phase: PhaseData) -> Content:
         return ""
     if not phase.state.is_reused:
         return "this run"
-    return Html(f"reused from {markup(phase.owner)}<br>{short_id(phase.state.computed_by or '')}")
+    name, by = markup(phase.owner), short_id(phase.state.computed_by or "")
+    return Html(f'<span class="wraps">reused from {name}<br>{by}</span>')
 
 
 def _pruning(pruning: Mapping[str, Any] | None) -> str:
@@ -365,7 +372,7 @@ def _costs(run: RunData) -> Html:
         [label, *(_cost(run, costs, f"cost/{unit}{suffix}") for unit in ("seconds", "steps", "examples"))]
         for label, suffix in (("computed by this run", ""), ("saved by reuse", "_saved"))
     ]
-    return table(["", "time of phases", "steps", "examples"], rows)
+    return table(["", "training time", "steps", "examples"], rows, _TIMES)
 
 
 # ----------------------------------------------------------------------------------------------------------- repeating
@@ -386,11 +393,12 @@ def _repeat(run: RunData) -> Html:
 
 
 def _lines(run: RunData) -> tuple[str, str]:
-    """`temper train …` and the same through Ray's job API: of the job's own file where that is known and still there,
-    else of its copy."""
+    """`temper train …` and the same through Ray's job API: of the job's own file where the command says where that is,
+    wherever it was typed, else of its copy."""
     words = shlex.split(run.record.get("command", ""))
-    if words[:2] == ["temper", "train"] and Path(words[2]).is_file():
-        return winner_lines(Path(words[2]), words[3:], run.job.storage)
+    job = Path(words[2]) if words[:2] == ["temper", "train"] and len(words) > 2 else None
+    if job is not None and job.is_absolute() and job.is_file():
+        return winner_lines(job, words[3:], run.job.storage)
     return winner_lines(run.folder / JOB, [], run.job.storage)
 
 
@@ -401,3 +409,5 @@ def _origin(run: RunData) -> Iterable[tuple[str, Content]]:
         yield "git", Html(f"<code>{markup(git['commit'])}</code> on {markup(git['branch'])}{dirty}")
     yield "fingerprint", Html(f"<code>{markup(run.plan['fingerprint'])}</code>")
     yield "run's folder", run_name(run.plan)
+    if run.record.get("command"):
+        yield "command as it was typed", Html(f"<code>{markup(redact_text(run.record['command']))}</code>")

@@ -4,8 +4,8 @@ coordinates of all variables and objectives. Only trials that were trained to th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +38,29 @@ _PREFERRED = ("temperature", "sparsity")
 
 @dataclass(frozen=True)
 class Cell:
-    """The mean of the measurements in a cell, and half the width of its interval; `half` is None of a single one."""
+    """The measurements in a cell: their mean, the smallest and largest, and how many; `half` the width of the interval
+    of the mean, None where there is none."""
 
     mean: float
-    half: float | None
+    least: float
+    most: float
     count: int
+    half: float | None = None
 
 
-def summarize(values: Sequence[float]) -> Cell:
-    """Mean ± t s/√n at level LEVEL, where t is the quantile of Student's distribution with n - 1 degrees of freedom."""
+def summarize(values: Sequence[float], *, are_repetitions: bool) -> Cell:
+    """Mean ± t s/√n at level LEVEL, where t is the quantile of Student's distribution with n - 1 degrees of freedom.
+
+    Only repetitions, which differ in seeds alone, are draws from one distribution and have an interval."""
     count, mean = len(values), float(np.mean(values))
-    if count == 1:
-        return Cell(mean, None, 1)
+    cell = Cell(mean, min(values), max(values), count)
+    if count == 1 or not are_repetitions:
+        return cell
     # Its parent, scipy.stats, takes a second to import.
     from scipy.special import stdtrit
 
     half = stdtrit(count - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / math.sqrt(count)
-    return Cell(mean, float(half), count)
+    return replace(cell, half=float(half))
 
 
 # ------------------------------------------------------------------------------------------------------------- the axes
@@ -62,11 +68,13 @@ def summarize(values: Sequence[float]) -> Cell:
 
 @dataclass(frozen=True)
 class Axis:
-    """The rows or columns that a variable has in a heat map: their labels, and the place of each value."""
+    """The rows or columns that a variable has in a heat map: their labels, and the place of each value. `is_binned`:
+    a place is for a range of values."""
 
     variable: str
     labels: tuple[str, ...]
     place: Callable[[Any], int]
+    is_binned: bool = False
 
 
 def build_axis(variable: str, values: Sequence[Any]) -> Axis:
@@ -76,7 +84,7 @@ def build_axis(variable: str, values: Sequence[Any]) -> Axis:
         return Axis(variable, tuple(map(_text, distinct)), distinct.index)
     edges = np.quantile(distinct, np.linspace(0, 1, _BINS + 1))
     labels = tuple(f"{_text(low)} – {_text(high)}" for low, high in pairwise(edges.tolist()))
-    return Axis(variable, labels, lambda value: int(np.searchsorted(edges[1:-1], value, side="right")))
+    return Axis(variable, labels, lambda value: int(np.searchsorted(edges[1:-1], value, side="right")), is_binned=True)
 
 
 def axis_variables(sweep: Sweep) -> tuple[str, str] | None:
@@ -140,11 +148,23 @@ def _averaged(sweep: Sweep, variables: tuple[str, str]) -> list[str]:
 
 def cells(trials: Sequence[RunRow], rows: Axis, columns: Axis, objective: Objective) -> dict[tuple[int, int], Cell]:
     """What the trials measured, by row and column."""
-    found: dict[tuple[int, int], list[float]] = {}
+    found: dict[tuple[int, int], list[RunRow]] = {}
     for trial in trials:
         place = rows.place(trial.swept[rows.variable]), columns.place(trial.swept[columns.variable])
-        found.setdefault(place, []).append(trial.metrics[objective.metric])
-    return {place: summarize(values) for place, values in found.items()}
+        found.setdefault(place, []).append(trial)
+    is_binned = rows.is_binned or columns.is_binned
+    return {
+        place: summarize(
+            [trial.metrics[objective.metric] for trial in group],
+            are_repetitions=not is_binned and _differ_in_seeds_alone(group),
+        )
+        for place, group in found.items()
+    }
+
+
+def _differ_in_seeds_alone(trials: Sequence[RunRow]) -> bool:
+    others = [{name: value for name, value in trial.swept.items() if not is_seed(name)} for trial in trials]
+    return all(each == others[0] for each in others)
 
 
 def _heat_map(
@@ -156,18 +176,33 @@ def _heat_map(
     over = " and ".join([*(["seeds"] if seeds else []), *(each for each in averaged if each not in seeds)])
     caption = (
         f"{objective.metric} ({objective.mode}): mean over the trials of a cell that finished"
-        + (f", which differ in {over}" if over else "")
-        + f"; ± half of the {LEVEL:.0%} interval by Student's t, n trials. A single trial has no interval. "
-        "Brighter is better."
+        + (f", which differ in {over}" if len(averaged) > len(seeds) else "")
+        + f"{_spread(found.values())}. Brighter is better."
     )
     title = f"{objective.metric} over {rows.variable} and {columns.variable}"
     draw = lambda: _draw_heat_map(rows, columns, found, objective)  # noqa: E731
     return ReportFigure(name, title, caption, draw, _plotly_heat_map(rows, columns, found, objective))
 
 
+def _spread(found: Iterable[Cell]) -> str:
+    """What the cells say of n trials beside their mean."""
+    several = [cell for cell in found if cell.count > 1]
+    told = []
+    if any(cell.half is not None for cell in several):
+        told.append(f"; ± half of the {LEVEL:.0%} interval by Student's t, of n trials that differ in seeds alone")
+    if any(cell.half is None for cell in several):
+        told.append("; min – max of n trials that differ in more than seeds")
+    return "".join(told)
+
+
 def _cell_text(cell: Cell, newline: str) -> str:
-    half = [] if cell.half is None else [f"± {cell.half:.2g}"]
-    return newline.join([number(cell.mean), *half, f"n = {cell.count}"])
+    if cell.count == 1:
+        spread = []
+    elif cell.half is None:
+        spread = [f"{number(cell.least)} – {number(cell.most)}"]
+    else:
+        spread = [f"± {cell.half:.2g}"]
+    return newline.join([number(cell.mean), *spread, f"n = {cell.count}"])
 
 
 def _plotly_heat_map(
@@ -263,10 +298,9 @@ def parallel_coordinates(sweep: Sweep) -> Iterator[ReportFigure]:
         *(build_scale(each.metric, [trial.metrics[each.metric] for trial in trials]) for each in sweep.objectives),
     ]
     groups = _groups(trials, scales)
-    caption = (
-        f"Each line is a trial that finished. The best by {sweep.objectives[0].metric}, {trials[0].trial}, and the "
-        f"best {_BEST_SHARE:.0%} stand out."
-    )
+    best = f"The best by {sweep.objectives[0].metric}, {trials[0].trial},"
+    more = f" and the best {_BEST_SHARE:.0%} stand out." if _num_best(trials) > 1 else " stands out."
+    caption = f"Each line is a trial that finished. {best}{more}"
     yield ReportFigure(
         "parallel-coordinates",
         "Parallel coordinates",
@@ -297,7 +331,7 @@ def build_scale(name: str, values: Sequence[Any]) -> _Scale:
 
 def _groups(trials: Sequence[RunRow], scales: Sequence[_Scale]) -> list[_Group]:
     """The best last, so that it lies above the others."""
-    best = max(1, round(_BEST_SHARE * len(trials)))
+    best = _num_best(trials)
     faint = max(0.3, min(0.8, 30 / len(trials)))
     looks = (
         ("other trials", "--quiet", 0.8, faint, trials[best:]),
@@ -309,6 +343,10 @@ def _groups(trials: Sequence[RunRow], scales: Sequence[_Scale]) -> list[_Group]:
         for name, shade, width, opacity, part in looks
         if part
     ]
+
+
+def _num_best(trials: Sequence[RunRow]) -> int:
+    return max(1, round(_BEST_SHARE * len(trials)))
 
 
 def _height(trial: RunRow, scale: _Scale) -> float | None:

@@ -11,18 +11,19 @@ from temper.errors import JobError, Problem
 from temper.files import read_json
 from temper.products import find_run
 from temper.run_folder import PLAN, REPORT, RUN, SWEEP_RUN, SWEEPS
-from temper.storage import storage_name
+from temper.storage import storage_folder, storage_name
 from temper.tracking import registry
 
 
 @dataclass(frozen=True)
 class Subject:
     """`folder` is the run's, None of a sweep. `uri` and `run_id` are where MLflow has it; empty where that is not
-    known. `page` is where its page goes."""
+    known. `storage` has its trials' folders, and `page` is where its page goes."""
 
     folder: Path | None
     uri: str
     run_id: str
+    storage: Path
     page: Path
 
 
@@ -35,16 +36,19 @@ def find_subject(reference: str, storage: Path, uri: str) -> Subject:
         if not (folder / PLAN).exists():
             raise _problem(reference, "is not the folder of a run or a sweep", "give one in the storage, or a run's id")
         known = read_json(folder / RUN) or {}
-        return Subject(folder.absolute(), known.get("uri", ""), known.get("run_id", ""), folder / REPORT)
+        return Subject(folder.absolute(), known.get("uri", ""), known.get("run_id", ""), storage, folder / REPORT)
     known_sweeps = [(folder, read_json(folder / SWEEP_RUN) or {})] if folder is not None else _sweeps(storage)
     for sweep, known in known_sweeps:
         if folder is not None or known.get("run_id") == reference:
-            return Subject(None, known["uri"], known["run_id"], sweep / REPORT)
-    tags = registry.run_tags(uri, reference)
-    if tags is None or tags.get("temper.kind") != "sweep":
+            return Subject(None, known["uri"], known["run_id"], sweep.absolute().parents[1], sweep / REPORT)
+    tags = registry.run_tags(uri, reference) or {}
+    if tags.get("temper.kind") == "phase":
+        rule = f"is the phase {tags['temper.phase']} of the run {tags['mlflow.parentRunId']}"
+        raise _problem(reference, rule, "give that one")
+    if tags.get("temper.kind") != "sweep":
         rule = f"is no folder, and no run or sweep in {storage_name(storage)} has this id"
         raise _problem(reference, rule, "name the storage with --storage, or of a sweep MLflow with --uri")
-    return Subject(None, uri, reference, Path(f"report-{reference[:8]}.html"))
+    return Subject(None, uri, reference, storage_folder(tags["temper.storage"]), Path(f"report-{reference[:8]}.html"))
 
 
 def _sweeps(storage: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

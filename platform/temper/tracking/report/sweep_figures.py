@@ -52,6 +52,13 @@ def best_first(trials: Sequence[RunRow], objective: Objective) -> list[RunRow]:
     return sorted(measured(trials, objective), key=lambda trial: sign * trial.metrics[objective.metric])
 
 
+def tied(sweep: Sweep) -> list[RunRow]:
+    """The finished trials that share the best value of the first objective, in their order: the first is the best."""
+    best = best_first(sweep.finished, sweep.objectives[0]) if sweep.objectives else []
+    metric = sweep.objectives[0].metric if best else ""
+    return [trial for trial in best if trial.metrics[metric] == best[0].metrics[metric]]
+
+
 def course_figures(sweep: Sweep) -> tuple[ReportFigure, ...]:
     """What happened: the time line, and each objective over the trials."""
     return (
@@ -87,12 +94,15 @@ def timeline(sweep: Sweep) -> Iterator[ReportFigure]:
     took_ms = max((phase.ended_ms for run in runs for phase in run.phases), default=began_ms) - began_ms
     unit, unit_ms = next((name, ms) for name, ms, least in _UNITS if took_ms >= least * ms or not least)
     clock = f"{unit} since the sweep began"
-    caption = "The phases of each trial, and of what trials share, by the clock. "
+    caption = (
+        "The phases of each trial, and of what trials share, by the clock; training time leaves out start-up and the "
+        "first step. "
+    )
     if len(runs) <= _ROWS:
         bars = [bar for row, run in enumerate(runs) for bar in _bars(run, row, began_ms, unit_ms)]
         names = [_row_name(run) for run in runs]
         caption += (
-            "A hatched phase is reused: it stands where another run computed it, or at the left edge where that was "
+            "A hatched phase is reused: it stands where another run computed it, or at zero where that was "
             "before the sweep."
         )
     else:
@@ -126,9 +136,14 @@ def _row_name(run: RunRow) -> str:
 
 def _bars(run: RunRow, row: int, began_ms: int, unit_ms: int) -> Iterator[_Bar]:
     for phase in run.phases:
-        start, end = (max((ms - began_ms) / unit_ms, 0) for ms in (phase.started_ms, phase.ended_ms))
+        start, end = ((ms - began_ms) / unit_ms for ms in (phase.started_ms, phase.ended_ms))
+        if phase.reused:
+            # Another sweep may have computed it: before this one, or while it ran.
+            start, end = max(start, 0.0), max(end, 0.0)
         if phase.ended_ms and (phase.reused or end > start):
-            text = f"{_row_name(run)} {phase.name}: {phase.seconds:.1f} s" + (", reused" if phase.reused else "")
+            clock = (phase.ended_ms - phase.started_ms) / 1000
+            text = f"{_row_name(run)} {phase.name}: {clock:.1f} s by the clock, training time {phase.seconds:.1f} s"
+            text += ", reused" if phase.reused else ""
             yield _Bar(row, phase.kind, phase.reused, start, end - start, text)
 
 
@@ -180,7 +195,7 @@ def _draw_bars(names: Sequence[str], groups: Mapping[tuple[str, bool], Sequence[
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(WIDTH, 0.15 * len(names) + 0.9))
+    figure = Figure(figsize=(WIDTH, max(1.7, 0.15 * len(names) + 0.9)))
     axes = figure.subplots()
     key = []
     for (kind, reused), bars in groups.items():
@@ -190,7 +205,10 @@ def _draw_bars(names: Sequence[str], groups: Mapping[tuple[str, bool], Sequence[
         axes.add_collection(PolyCollection(corners, facecolor=fill, edgecolor=shade, hatch=hatch, linewidth=0))
         label = _group_name(kind, reused)
         key.append(Patch(label=label, facecolor=fill, edgecolor=shade, hatch=hatch, linewidth=0))
-    axes.set_xlim(0, 1.01 * max(bar.start + bar.length for bars in groups.values() for bar in bars))
+    axes.set_xlim(
+        min(0.0, *(bar.start for bars in groups.values() for bar in bars)),
+        1.01 * max(bar.start + bar.length for bars in groups.values() for bar in bars),
+    )
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_xlabel(clock)
@@ -330,11 +348,23 @@ def curves(sweep: Sweep, points: Mapping[str, Curve]) -> Iterator[ReportFigure]:
         "xaxis": {"title": {"text": "optimizer step"}, "tickformat": ",d", "showgrid": False},
         "yaxis": {"title": {"text": plain(metric)}},
     }
-    caption = f"{metric} over the steps of the {len(shown)} best trials; the best, {shown[0].trial}, stands out."
+    caption = f"{metric} over the steps of {_which(sweep, shown)}"
     plotly = {"data": [_curve_trace(*line) for line in lines], "layout": layout}
     yield ReportFigure(
         "curves", "Curves of the best trials", caption, lambda: _draw_curves(lines, metric, bands), plotly
     )
+
+
+def _which(sweep: Sweep, shown: Sequence[RunRow]) -> str:
+    """Of which trials the curves are, as the end of a sentence."""
+    best = shown[0].trial
+    if len(shown) == 1:
+        return f"the best trial, {best}."
+    if len(shown) == len(sweep.trials):
+        return f"all {len(shown)} trials; the best, {best}, stands out."
+    if len(shown) == len(sweep.finished):
+        return f"all {len(shown)} trials that finished; the best, {best}, stands out."
+    return f"the {len(shown)} best trials; the best, {best}, stands out."
 
 
 def _bands(trials: Sequence[RunRow]) -> list[Band]:
@@ -400,7 +430,7 @@ def pareto_figures(sweep: Sweep) -> Iterator[ReportFigure]:
     for number, other in enumerate(sweep.objectives[1:]):
         first = sweep.objectives[0]
         others = [trial for trial in measured(measured(sweep.finished, first), other) if trial not in best]
-        if best:
+        if len(best) + len(others) > 1:
             yield _pareto(best, others, (other, first), named("pareto-front", number), len(sweep.objectives))
 
 
@@ -410,8 +440,9 @@ def _pareto(
     x, y = axes
     ordered = sorted(best, key=lambda trial: (trial.metrics[x.metric], trial.metrics[y.metric]))
     of_all = " by all objectives" if objectives > 2 else ""
+    are = "is" if len(best) == 1 else "are"
     caption = (
-        f"{y.metric} ({y.mode}) against {x.metric} ({x.mode}) of the trials that finished. {len(best)} are on the "
+        f"{y.metric} ({y.mode}) against {x.metric} ({x.mode}) of the trials that finished. {len(best)} {are} on the "
         f"front{of_all}: no other trial is as good by every objective and better by one."
     )
     plotly = {

@@ -5,27 +5,34 @@ It is made from what MLflow has of the sweep, so that it can be read wherever ML
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from temper.config.space import Objective
 from temper.plan.metric_names import without_classes
+from temper.run_folder import JOB
 from temper.tracking.report.figure import Section
 from temper.tracking.report.page import (
     Content,
     Html,
     Number,
     Tile,
+    bullets,
     code,
     duration,
     fold,
     key_table,
     markup,
     note,
+    say,
     short_id,
     table,
 )
@@ -37,15 +44,18 @@ from temper.tracking.report.sweep_figures import (
     curves,
     front,
     pareto_figures,
+    tied,
 )
 from temper.tracking.results import Curve, RunRow, Sweep, read_curves
 from temper.tracking.sweep_progress import number, winner_lines
 
 _SPACE = "space."  # what the names of the parameters begin with that say what is varied
 _OUTCOMES = ("finished", "stopped", "diverged", "failed", "interrupted", "running")
+_ASKED = {"seed": "search seed"}  # names that say too little beside those of the job
 _REASONS = 20
 _TRIALS_NAMED = 8
-_QUANTITIES = ("seconds", "steps", "examples")
+_QUANTITIES = {"seconds": "training time", "steps": "steps", "examples": "examples"}
+_TIMES = "Training time leaves out start-up and the first step."
 
 
 def read_points(uri: str, sweep: Sweep) -> dict[str, Curve]:
@@ -60,16 +70,21 @@ def sweep_subtitle(sweep: Sweep) -> Html:
     """How far the sweep is, when it began, and which run of MLflow it is."""
     parent = sweep.parent
     began = datetime.fromtimestamp(parent.started_ms / 1000, UTC)
-    what = f"{parent.outcome.capitalize()}, {len(sweep.trials):,} trials, begun {began:%Y-%m-%d %H:%M} UTC"
+    count = len(sweep.trials)
+    asked = _num_asked(parent.params)
+    trials = f"{count:,} {'trial' if count == 1 else 'trials'}" + (
+        f" of {asked:,} asked" if (asked or 0) > count else ""
+    )
+    what = f"{parent.outcome.capitalize()}, {trials}, begun {began:%Y-%m-%d %H:%M} UTC"
     return Html(f"{markup(what)} · MLflow run <code>{markup(parent.run_id)}</code>")
 
 
 def sweep_tiles(sweep: Sweep) -> list[Tile]:
     """The best value of each objective, and what the sweep took."""
-    parent = sweep.parent
+    parent, also = sweep.parent, _also(sweep)
     tiles = [
-        Tile(f"best {each.metric}", _metric(best[0], each.metric), _title(best[0]))
-        for each in sweep.objectives
+        Tile(f"best {each.metric}", _metric(best[0], each.metric), _title(best[0], also if number == 0 else ""))
+        for number, each in enumerate(sweep.objectives)
         if (best := best_first(sweep.finished, each))
     ]
     tiles.append(Tile("trials", f"{len(sweep.trials):,}", _counts(sweep)))
@@ -80,14 +95,14 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
         saved = Html(f"{markup(_count(parent, 'sweep/steps_saved'))} saved by reuse")
         tiles.append(Tile("steps run", _count(parent, "sweep/steps_run"), saved))
     if "sweep/seconds" in parent.metrics:
-        tiles.append(Tile("took", _seconds(parent, "sweep/seconds")))
+        tiles.append(Tile("last command", _seconds(parent, "sweep/seconds")))
     return tiles
 
 
 def sweep_sections(sweep: Sweep, points: Mapping[str, Curve]) -> list[Section]:
     """All sections on a sweep; those that have nothing to say are empty. `points` are those of :func:`read_points`."""
     return [
-        Section("What was asked", key_table(_asked(sweep)), details=_space_table(sweep) + _job(sweep)),
+        Section("What was asked", key_table(_asked(sweep)), details=_notes(sweep) + _space_table(sweep) + _job(sweep)),
         Section("What happened", _outcomes(sweep), course_figures(sweep), _reasons(sweep)),
         Section("Over the space", "", (*heat_maps(sweep), *parallel_coordinates(sweep), *pareto_figures(sweep))),
         Section("Best trials", "", tuple(curves(sweep, points))),
@@ -120,14 +135,47 @@ def _swept(run: RunRow, name: str) -> Content:
     """The trial's value of a variable; nothing where it does not have it."""
     value = run.swept.get(name, "")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return Number(value, run.params[f"sweep.{name}"], run.run_id, f"sweep.{name}", source="param")
+        return Number(value, _value_text(value), run.run_id, f"sweep.{name}", source="param")
     return str(value)
 
 
-def _title(trial: RunRow) -> str:
-    """e.g. `t007: temperature 4, sparsity 0.5`."""
-    values = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in sorted(trial.swept.items()))
-    return f"{trial.trial}: {values}"
+def _value_text(value: Any) -> str:
+    """With four significant digits; the whole number is what a :class:`Number` shows on demand."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _title(trial: RunRow, also: str) -> Html:
+    """e.g. `t007: temperature 4, sparsity 0.5`, with `also` after it."""
+    values = (Html(f"{markup(name.rpartition('.')[2])} {markup(_swept(trial, name))}") for name in sorted(trial.swept))
+    return Html(f"{markup(trial.trial)}: {', '.join(values)}{markup(f'; {also}' if also else '')}")
+
+
+def _also(sweep: Sweep) -> str:
+    """The trials that are as good as the best one by the first objective, e.g. `also t008, t009; the first wins`."""
+    others = tied(sweep)[1:]
+    return f"also {_listed([trial.trial for trial in others])}; the first wins" if others else ""
+
+
+def _num_asked(params: Mapping[str, str]) -> int | None:
+    """How many trials the sweep is of: what its budget says, or as many as its grids have points; None where neither
+    is known."""
+    trials = _section(params.get("budget", "")).get("trials")
+    variables = [_section(text) for name, text in params.items() if name.startswith(_SPACE)]
+    if any("when" in each for each in variables):
+        return None
+    sizes = [len(each.get("values") or each.get("settings") or ()) for each in variables if each.get("kind") == "grid"]
+    if trials is None and len(sizes) < len(variables):
+        return None
+    return math.prod(sizes) * (trials or 1) if variables else trials
+
+
+def _section(text: str) -> Mapping[str, Any]:
+    """A section of the space as its parameter has it; empty where that is none, or was too long for MLflow."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _counts(sweep: Sweep) -> Html:
@@ -146,11 +194,15 @@ def _counts(sweep: Sweep) -> Html:
 def _asked(sweep: Sweep) -> list[tuple[str, Content]]:
     parent = sweep.parent
     objectives = "; ".join(f"{each.metric} ({each.mode})" for each in sweep.objectives)
-    asked = {name: text for name, text in parent.params.items() if not name.startswith(_SPACE)}
+    asked = {_ASKED.get(name, name): text for name, text in parent.params.items() if not name.startswith(_SPACE)}
     return [
         *{**asked, "objectives": objectives}.items(),
         ("command", Html(f"<code>{markup(parent.tags.get('temper.command', ''))}</code>")),
     ]
+
+
+def _notes(sweep: Sweep) -> Html:
+    return bullets(json.loads(sweep.parent.tags.get("temper.notes", "[]")))
 
 
 def _space_table(sweep: Sweep) -> Html:
@@ -166,7 +218,7 @@ def _tried(trials: Sequence[RunRow], variable: str) -> str:
     values = list(dict.fromkeys(trial.swept[variable] for trial in trials if variable in trial.swept))
     if all(isinstance(value, int | float) for value in values):
         values.sort()
-    texts = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+    texts = list(map(_value_text, values))
     return ", ".join(texts) if len(texts) <= 8 else f"{len(texts):,} values, {texts[0]} to {texts[-1]}"
 
 
@@ -187,9 +239,11 @@ def _job(sweep: Sweep) -> Html:
 def _outcomes(sweep: Sweep) -> Html:
     rows: list[tuple[str, Content]] = [("trials", _counts(sweep) or "none yet")]
     if sweep.others:
-        rows.append(("beside them", ", ".join(f"{run.name} ({run.outcome})" for run in sweep.others)))
-    left = sweep.parent.tags.get("temper.left_behind")
-    return key_table([*rows, *([("left behind", left)] if left else [])])
+        rows.append(("also trained", ", ".join(f"{run.name} ({run.outcome})" for run in sweep.others)))
+    left = sweep.parent.tags.get("temper.left_behind", "")
+    # Beside "nothing" stands what was counted.
+    shown = "nothing" if left.startswith("nothing") else left
+    return key_table([*rows, *([("left in Ray", shown)] if left else [])])
 
 
 def _reasons(sweep: Sweep) -> Html:
@@ -223,7 +277,9 @@ def _trials_table(sweep: Sweep) -> Html:
     ordered = _ranked(sweep.trials, sweep.objectives)
     metrics = _shown_metrics(sweep)
     on_front = {trial.run_id for trial in front(sweep)}
-    header = ["trial", "status", *sweep.variables, *metrics, "steps", "saved", "took", "MLflow run", "reason"]
+    has_reasons = any(trial.tags.get("temper.trial.reason") for trial in ordered)
+    header = ["trial", "status", *sweep.variables, *metrics, "steps", "saved", "training time", "MLflow run"]
+    header += ["reason"] * has_reasons
     rows = [
         [
             Html(f"{markup(trial.trial)}{' ★' if trial.run_id in on_front else ''}"),
@@ -234,11 +290,11 @@ def _trials_table(sweep: Sweep) -> Html:
             _count(trial, "cost/steps_saved"),
             _seconds(trial, "cost/seconds"),
             short_id(trial.run_id),
-            _short(trial.tags.get("temper.trial.reason", "")),
+            *([_short(trial.tags.get("temper.trial.reason", ""))] if has_reasons else []),
         ]
         for trial in ordered
     ]
-    caption = "Steps and times are those that the trial computed itself; steps saved are of reused phases."
+    caption = f"Steps and times are those that the trial computed itself; steps saved are of reused phases. {_TIMES}"
     return table(header, rows, f"{caption}{' ★ is on the Pareto front.' if on_front else ''}")
 
 
@@ -266,23 +322,29 @@ def _short(reason: str) -> Html:
 
 
 def _costs(sweep: Sweep) -> Html:
-    """What was computed, and what reuse saved, in all runs of the sweep."""
-    runs = [*sweep.trials, *sweep.others]
-    rows: list[list[Content]] = []
-    for quantity in _QUANTITIES:
-        run, saved = (_summed(sweep, runs, f"cost/{quantity}{suffix}") for suffix in ("", "_saved"))
-        whole = run.value + saved.value
-        share = Number(saved.value / whole, f"{saved.value / whole:.0%}") if whole else ""
-        rows.append([quantity, run, saved, share])
-    if not any(isinstance(row[1], Number) and row[1].value for row in rows):
+    """What was computed, and what reuse saved: by the trials, by what was trained for them, and together."""
+    groups = {"trials": sweep.trials, "teachers and shared phases": sweep.others}
+    together = [*sweep.trials, *sweep.others]
+    if not any(_summed(together, f"cost/{quantity}").value for quantity in _QUANTITIES):
         return Html()
-    return table(["", "computed", "saved by reuse", "share saved"], rows, "Of all trials, and of what they share.")
+    header = ["", *_QUANTITIES.values(), *(f"{name} saved" for name in _QUANTITIES.values()), "share of steps saved"]
+    rows = [_cost_row(label, runs) for label, runs in groups.items() if runs]
+    return table(header, [*rows, _cost_row("together", together, sweep.parent.run_id)], _TIMES)
 
 
-def _summed(sweep: Sweep, runs: Sequence[RunRow], metric: str) -> Number:
+def _cost_row(label: str, runs: Sequence[RunRow], run_id: str = "") -> list[Content]:
+    """`run_id` is of the run that all of `runs` are below."""
+    names = [f"cost/{quantity}{suffix}" for suffix in ("", "_saved") for quantity in _QUANTITIES]
+    steps, saved = (_summed(runs, name).value for name in ("cost/steps", "cost/steps_saved"))
+    share = Number(saved / (steps + saved), say(saved / (steps + saved), ".0f%")) if steps + saved else ""
+    return [label, *(_summed(runs, name, run_id) for name in names), share]
+
+
+def _summed(runs: Sequence[RunRow], metric: str, run_id: str = "") -> Number:
+    """The sum over `runs`; traced to MLflow where they are all that are below the run `run_id`."""
     value = math.fsum(run.metrics.get(metric, 0.0) for run in runs)
     text = duration(value) if "seconds" in metric else f"{value:,.0f}"
-    return Number(value, text, sweep.parent.run_id, metric, source="sum")
+    return Number(value, text, run_id, metric if run_id else "", source="sum")
 
 
 # -------------------------------------------------------------------------------------------------------------- winner
@@ -295,14 +357,23 @@ def _winner(sweep: Sweep) -> Html:
     if winner is None:
         return Html()
     registered = tags.get("temper.best.registered", "")
+    command = tags.get("temper.best.command", "")
+    alias = ", @champion" if tags.get("temper.best.alias") == "champion" else ""
     rows: list[tuple[str, Content]] = [
         ("trial", Html(f"{markup(winner.trial)} · MLflow run <code>{markup(winner.run_id)}</code>")),
         *((name, _swept(winner, name)) for name in sweep.variables if name in winner.swept),
-        *((name, _metric(winner, name)) for name in _shown_metrics(sweep) if name in winner.metrics),
-        *([("registered model", registered)] if registered else []),
+        *((name, _result(sweep, winner, name)) for name in _shown_metrics(sweep) if name in winner.metrics),
+        *([("registered model", f"{registered}{alias}")] if registered else []),
+        *([("command", Html(f"<code>{markup(command)}</code>"))] if command else []),
     ]
-    lines = [code(line) for line in _lines(tags.get("temper.best.command", ""), winner)]
+    lines = [code(line) for line in _lines(command, winner)]
     return Html(key_table(rows) + _phases(winner) + "".join(lines))
+
+
+def _result(sweep: Sweep, winner: RunRow, name: str) -> Html:
+    """A metric of the winner; of the first objective with the trials that are as good."""
+    also = _also(sweep) if name == sweep.objectives[0].metric else ""
+    return Html(markup(_metric(winner, name)) + markup(f", {also}" if also else ""))
 
 
 def _phases(run: RunRow) -> Html:
@@ -317,7 +388,8 @@ def _phases(run: RunRow) -> Html:
         ]
         for phase in run.phases
     ]
-    return table(["phase", "after step", "steps", "took", "computed by", "fingerprint"], rows) if rows else Html()
+    header = ["phase", "after step", "steps", "training time", "computed by", "fingerprint"]
+    return table(header, rows, _TIMES) if rows else Html()
 
 
 def _of_phase(run: RunRow, value: float, text: str) -> Number:
@@ -325,8 +397,13 @@ def _of_phase(run: RunRow, value: float, text: str) -> Number:
 
 
 def _lines(command: str, winner: RunRow) -> Sequence[str]:
-    """The shell's lines that repeat the winner: the one that MLflow has, and the same through Ray's job API."""
+    """The shell's lines that repeat the winner, directly and through Ray's job API: the command that MLflow has, but
+    where its path of the job depends on where it was typed, those of the copy in the winner's folder, if it is here."""
+    storage = winner.tags.get("temper.storage", "runs")
     words = shlex.split(command)
     if words[:2] != ["temper", "train"] or len(words) < 3:
         return [command] if command else []
-    return [command, winner_lines(Path(words[2]), words[3:], winner.tags.get("temper.storage", "runs"))[1]]
+    copy = Path(storage, winner.tags.get("temper.run_folder", ""), JOB)
+    if not Path(words[2]).is_absolute() and copy.is_file():
+        return winner_lines(copy, [], storage)
+    return [command, winner_lines(Path(words[2]), words[3:], storage)[1]]
