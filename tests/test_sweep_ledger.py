@@ -355,7 +355,7 @@ def test_the_next_attempt_goes_on_with_the_run(store: Store) -> None:
     first.begin(run)
     store.wait_for("run 0", [1, 2])
     assert first.close() == [str(plan.run_folder)]
-    run._held.close()  # as the end of its process does
+    run.let_go()  # as the end of its process does
     assert store.runs["run 0"]["status"] == "RUNNING"
     write_history(plan, "dense", [record(3)])
     second = begun(store)

@@ -1,5 +1,5 @@
-"""The end of a sweep in MLflow: one parent, whatever fails in its midst, and an outcome that the same command gives to a
-store that was away."""
+"""A sweep's own run in MLflow: one, whatever fails in its midst, and the outcome that the same command gives to a store
+that was away."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def spec(tmp_path: Path) -> SweepSpec:
         clock=RungClock.of(("dense",), "dense", (1.0,), 3.0),
         concurrency=1,
         embedded=True,
+        began_ms=1_000,
         texts={"space.yaml": "name: a\n"},
     )
     made.folder.mkdir(parents=True)

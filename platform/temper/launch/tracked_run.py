@@ -58,7 +58,7 @@ class TrackedRun:
         to its end. Raises RunError where the store cannot be used."""
         folder = self.plan.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._held.close()
+        self.let_go()
         self._held.enter_context(awaited(folder / TRACKING_LOCK, lambda: None))
         for name, text in origin_files().items():
             if name in (ENVIRONMENT, GIT):
@@ -122,8 +122,12 @@ class TrackedRun:
         self._note(self.run_id, open=False, status=status, delivered=ended)
         publish_run(self.plan.run_folder, self.plan.job.storage_folder)
         if ended:
-            self._held.close()
+            self.let_go()
         return ended
+
+    def let_go(self) -> None:
+        """Leaves the run to whoever opens it next."""
+        self._held.close()
 
     def note_status(self, status: RunStatus) -> None:
         """Writes down how the run ended, for whoever has to tell the store of it."""

@@ -107,6 +107,8 @@ class SweepTracking:
 
     def _begin(self, run: TrackedRun) -> None:
         key = str(run.plan.run_folder)
+        if key in self._children:
+            self._children[key].run.let_go()
         self._children[key] = _Child(run)
         self._ordered.remove(key)
         self._deliver(key)
