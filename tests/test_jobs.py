@@ -20,6 +20,7 @@ from temper.data.download import check_files
 from temper.launch.teachers import plan_job
 from temper.plan.facts import data_facts
 from temper.plan.mesh import ClusterShape, local_cluster
+from temper.plan.metric_names import without_classes
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "jobs"
@@ -150,5 +151,8 @@ def test_it_trains(path: Path, tmp_path: Path) -> None:
     assert result["status"] == "finished"
     assert [phase["steps"] for phase in result["phases"]] == [STEPS] * (1 + len(short_phases(job)) // 2)
     tested = {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
-    assert set(tested) == {"test/loss", *(f"test/{metric}" for metric in job.evaluation.metrics)}
+    agreement = {"test/teacher_agreement"} if job.distill is not None else set()
+    expected = {"test/loss", *(f"test/{metric}" for metric in job.evaluation.metrics), *agreement}
+    assert set(without_classes(tested)) == expected
+    assert len(tested) == len(expected) + 10
     assert all(math.isfinite(value) for value in tested.values())

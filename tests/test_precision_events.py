@@ -72,6 +72,11 @@ class Client:
         self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = (), synchronous: Any = None
     ) -> None:
         self.requests.append((len(metrics), {tag.key: tag.value for tag in tags}))
+        self.latest = getattr(self, "latest", {}) | {metric.key: metric for metric in metrics}
+
+    def get_run(self, run_id: str) -> Any:
+        data = SimpleNamespace(_metric_objs=list(self.latest.values()))
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_id, lifecycle_stage="active"), data=data)
 
 
 def test_the_newest_event_is_a_tag_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
