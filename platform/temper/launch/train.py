@@ -65,7 +65,7 @@ from temper.run_folder import (
 from temper.storage import absolute_storage
 from temper.tracking.delivery import is_lost, replay
 from temper.tracking.history import HistoryTail, Record, phase_histories
-from temper.tracking.mlflow_store import RunGoneError, RunStatus, check_access, first_line, tracking_uri
+from temper.tracking.mlflow_store import RunGoneError, RunStatus, build_client, check_access, first_line, tracking_uri
 from temper.tracking.progress import Display, DisplayMode, build_display
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ log = logging.getLogger(__name__)
 _LACKS = "MLflow lacks what the history of this run has"
 POLL_S = 0.1
 _FOLLOW_S = 1.0  # between two looks at what MLflow is to be told
+_ANSWER_S = 5.0  # that a server has, beside Ray's start, to refuse a user
 _RETRY_S = 10.0  # before a store is asked again to open a run
 STAGE_DELAY_S = 0.5  # longer than a record takes from its worker to the history
 
@@ -293,18 +294,29 @@ def _cache_teacher(spec: WorkerSpec, display: Display) -> None:
 
 @contextmanager
 def access_checked(uri: str, job: JobConfig) -> Iterator[None]:
-    """Beside what is done in the block: raises RunError at its end where MLflow has refused this user by then, whom all
-    steps would be computed for in vain. A server that has not answered is not waited for."""
+    """Beside what is done in the block: raises RunError at its end where MLflow refuses this user, whom all steps would
+    be computed for in vain. A server that hangs is not waited for long."""
     refusals: list[RunError] = []
+    asked = threading.Event()
 
     def check() -> None:
         try:
+            build_client(uri)  # imports MLflow, which ends
+            asked.set()
             check_access(uri, job.tracking.experiment)
         except RunError as error:
             refusals.append(error)
+        finally:
+            asked.set()
 
-    threading.Thread(target=check, daemon=True).start()
+    if not uri.startswith(("http://", "https://")):
+        yield
+        return
+    thread = threading.Thread(target=check, daemon=True)
+    thread.start()
     yield
+    asked.wait()
+    thread.join(_ANSWER_S)
     if refusals:
         raise refusals[0]
 
