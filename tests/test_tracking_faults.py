@@ -250,6 +250,8 @@ from pathlib import Path
 from temper.tracking.history import Histories, PhaseHistory, read_history
 from test_tracking_faults import records
 
+pytestmark = pytest.mark.services
+
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
