@@ -25,6 +25,8 @@ from temper.tracking.delivery import Queue, RunTracker, is_lost, opened_run, rep
 from temper.tracking.history import Histories, PhaseHistory, Record, read_history
 from temper.tracking.mlflow_store import PROGRESS_METRIC, RunGoneError, RunMetrics, build_client
 
+pytestmark = pytest.mark.services
+
 BOUND_S = 60.0
 _UNBOUNDED = 1.7976931348623157e308  # what the store has for infinity
 
@@ -249,8 +251,6 @@ import resource, signal, sys
 from pathlib import Path
 from temper.tracking.history import Histories, PhaseHistory, read_history
 from test_tracking_faults import records
-
-pytestmark = pytest.mark.services
 
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
