@@ -107,12 +107,12 @@ def choose_phase(phases: Mapping[str, str], phase: str | None, owner: str = "run
     return phases[name]
 
 
-def find_folder(reference: str, storage: Path, key: str = "RUN|CHECKPOINT") -> Path:
+def find_folder(reference: str, storage: Path) -> Path:
     """The folder that `reference` is, or that of the run with this MLflow id. Raises JobError where there is none."""
     folder = Path(reference) if Path(reference).is_dir() else find_run(reference, storage)
     if folder is None:
         rule = f"is no folder, and no run in {storage_name(storage)} has this id"
-        raise JobError([Problem(key, reference, rule, "name the storage of the run with --storage")])
+        raise JobError([Problem("RUN|CHECKPOINT", reference, rule, "name the storage of the run with --storage")])
     return folder.absolute()
 
 

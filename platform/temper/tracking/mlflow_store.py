@@ -237,17 +237,6 @@ def log_certificate(uri: str, run_id: str, certificate: Mapping[str, Any], verdi
         raise RunError(f"{what}: {first_line(error)}") from error
 
 
-def log_texts(uri: str, run_id: str, texts: Mapping[str, str]) -> None:
-    """Puts texts into a run, as artifacts with these paths. Raises RunError where the store does not take them."""
-    try:
-        client = build_client(uri)
-        for path, text in texts.items():
-            client.log_text(run_id, text, path)
-    except Exception as error:  # as in open_run
-        what = f"tracking.uri: {redact_text(uri)} does not take {', '.join(texts)}"
-        raise RunError(f"{what}: {first_line(error)}") from error
-
-
 def close_run(uri: str, run_id: str, status: RunStatus, timeout_s: float = 10.0, ended_ms: int | None = None) -> bool:
     """Give the run its terminal status, by default as of now; false, with a line in the log, where the store does not
     take it in time."""
